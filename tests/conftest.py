@@ -1,0 +1,49 @@
+"""What every test runs under: checked shapes and types, few threads, no network.
+
+The import hook must be in place before any of our packages is imported, so it stands first.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import install_import_hook
+
+# Before torch or a Hugging Face library is imported: they read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not burn the other core
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["MPLBACKEND"] = "Agg"
+
+# Every annotated function of ours is checked at run time: shapes by jaxtyping, everything else by beartype.
+install_import_hook(["mmalign", "evaluators", "diffusion", "vlm"], "beartype.beartype")
+
+
+class NetworkUse(AssertionError):
+    """A test reached for another machine."""
+
+
+def _is_local(address: Any) -> bool:
+    host = address[0] if isinstance(address, tuple) else address  # AF_UNIX addresses are plain paths
+    if not isinstance(address, tuple):
+        return True
+    return host in ("", "localhost", "::1", socket.gethostname()) or str(host).startswith(("127.", "::ffff:127."))
+
+
+def _guard(connect: Callable[..., Any]) -> Callable[..., Any]:
+    def guarded(sock: socket.socket, address: Any) -> Any:
+        if not _is_local(address):
+            raise NetworkUse(f"a test tried to connect to {address!r}; tests use loopback only")
+        return connect(sock, address)
+
+    return guarded
+
+
+# Class attributes, so that every library that opens a socket in this process meets them.
+socket.socket.connect = _guard(socket.socket.connect)  # type: ignore[method-assign]  # the point of the guard
+socket.socket.connect_ex = _guard(socket.socket.connect_ex)  # type: ignore[method-assign]  # likewise
