@@ -1,4 +1,4 @@
-"""The shared core: losses, preferences, reference policies, the training loop, statistics. Imports nothing heavy."""
+"""The shared core: losses, preferences, references, the training loop, statistics. Imports nothing heavy."""
 
 from __future__ import annotations
 

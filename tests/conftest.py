@@ -29,10 +29,10 @@ class NetworkUse(AssertionError):
 
 
 def _is_local(address: Any) -> bool:
-    host = address[0] if isinstance(address, tuple) else address  # AF_UNIX addresses are plain paths
-    if not isinstance(address, tuple):
+    if not isinstance(address, tuple):  # a Unix socket's path
         return True
-    return host in ("", "localhost", "::1", socket.gethostname()) or str(host).startswith(("127.", "::ffff:127."))
+    host = str(address[0])
+    return host in ("", "localhost", "::1", socket.gethostname()) or host.startswith(("127.", "::ffff:127."))
 
 
 def _guard(connect: Callable[..., Any]) -> Callable[..., Any]:

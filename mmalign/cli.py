@@ -1,0 +1,144 @@
+"""`mmalign VERB ...`: a leaf that names the entry functions as strings and imports one when it is called.
+
+So the help answers at once, and the core never imports the packages that stand on it. Every entry point,
+this one and `python -m diffusion.train` alike, runs under `run_entry`, where a user's mistake becomes one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, NoReturn
+
+from mmalign import __version__
+from mmalign.errors import UserError, nearest
+
+Main = Callable[[list[str]], int | None]
+
+OK, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141  # the last two: 128 + SIGINT, 128 + SIGPIPE
+
+
+class Verb(NamedTuple):
+    target: str  # "module:function"; the function takes the arguments after the verb
+    help: str
+
+
+VERBS = {
+    "demo": Verb(
+        "diffusion.demo:main", "align the embedded model end to end and write a report, without a GPU"
+    ),
+    "data": Verb("mmalign.data:main", "check, count, import and pair preference data"),
+    "train": Verb("mmalign.launch:main", "train a recipe: RECIPE [--accelerate PRESET] [key=value ...]"),
+    "sample": Verb("diffusion.sample:main", "draw images from a model, with or without a trained adapter"),
+    "export": Verb(
+        "diffusion.export:main", "write trained weights in another tool's layout; prove that they act"
+    ),
+    "build": Verb("diffusion.build:main", "rebuild the embedded models from their seeds"),
+    "doctor": Verb("mmalign.doctor:main", "print versions, devices, extras and packages that are in the way"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are `UserError`s: one line like every other, rather than a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}", fix=f"See '{self.prog} --help'.")
+
+
+def resolve(target: str) -> Main:
+    """The function that "module:function" names, imported now.
+
+    Raises:
+        UserError: a module of ours is hidden by another distribution, or a dependency is not installed.
+    """
+    module, _, name = target.partition(":")
+    try:
+        function: Main = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as missing:
+        raise _explain(missing, module) from missing
+    return function
+
+
+def _explain(missing: ModuleNotFoundError, module: str) -> UserError:
+    name = missing.name or module
+    top = name.partition(".")[0]
+    if module != name and not module.startswith(f"{name}."):
+        return UserError(
+            f"the package '{top}' is not installed", place=f"needed by {module}", fix=_extra(top)
+        )
+    from mmalign.doctor import shadows
+
+    hidden = shadows().get(top)
+    if hidden:
+        return UserError(f"'{top}' is not ours here: {hidden}", fix="Run 'mmalign doctor'.")
+    return UserError(f"this installation has no module '{name}'", fix="Install mmalign again.")
+
+
+def _extra(package: str) -> str:
+    extra = {"gradio": "arena", "scipy": "dev", "skimage": "dev"}.get(package, package)
+    if extra in ("xformers", "wandb", "bitsandbytes", "arena", "dev"):
+        return f"Install it with: pip install -e '.[{extra}]'."
+    return "Install mmalign again, with its dependencies."
+
+
+def run_entry(main: Main, argv: Sequence[str] | None = None) -> int:
+    """Run an entry function and turn how it ends into an exit code.
+
+    0 done, 2 a mistake of the user's (one line on stderr), 130 interrupted. Any other exception is a bug of
+    ours and keeps its traceback. Under a launcher with several processes each line names its rank, so that one
+    rank's error is never lost and the same error from all of them is read as one.
+
+    Args:
+        main: takes the arguments, returns an exit code or None.
+        argv: the arguments; those of the process when not given.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = main(arguments) or OK
+        sys.stdout.flush()  # so that a closed pipe is met here, not while the interpreter shuts down
+        return code
+    except UserError as error:
+        rank = os.environ.get("RANK", "0") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "0"
+        who = "" if rank == "0" else f" (rank {rank})"
+        print(f"mmalign: error{who}: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("\nmmalign: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone (`mmalign data stats ... | head`). What is buffered must not be written again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def usage() -> str:
+    """The help page."""
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items())
+    return (
+        "usage: mmalign VERB [arguments]\n\n"
+        "Preference alignment for text-to-image and vision-language models.\n\n"
+        f"{verbs}\n\n"
+        "'mmalign VERB --help' explains a verb; 'mmalign --version' prints the version."
+    )
+
+
+def _dispatch(argv: list[str]) -> int | None:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return OK
+    if argv[0] in ("-V", "--version"):
+        print(f"mmalign {__version__}")
+        return OK
+    verb, rest = argv[0], argv[1:]
+    if verb not in VERBS:
+        raise UserError(f"unknown verb '{verb}'", fix=nearest(verb, VERBS))
+    return resolve(VERBS[verb].target)(rest)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console command."""
+    return run_entry(_dispatch, argv)
