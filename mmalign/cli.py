@@ -1,7 +1,7 @@
 """`mmalign VERB ...`: a leaf that names the entry functions as strings and imports one when it is called.
 
 So the help answers at once, and the core never imports the packages that stand on it. Every entry point,
-this one and `python -m diffusion.train` alike, runs under `run_entry`, where a user's mistake becomes one line.
+this one and `python -m diffusion.train` alike, runs under `run_entry`, where a user's mistake is one line.
 """
 
 from __future__ import annotations
@@ -27,15 +27,11 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "demo": Verb(
-        "diffusion.demo:main", "align the embedded model end to end and write a report, without a GPU"
-    ),
+    "demo": Verb("diffusion.demo:main", "align the embedded model end to end and write a report (no GPU)"),
     "data": Verb("mmalign.data:main", "check, count, import and pair preference data"),
     "train": Verb("mmalign.launch:main", "train a recipe: RECIPE [--accelerate PRESET] [key=value ...]"),
     "sample": Verb("diffusion.sample:main", "draw images from a model, with or without a trained adapter"),
-    "export": Verb(
-        "diffusion.export:main", "write trained weights in another tool's layout; prove that they act"
-    ),
+    "export": Verb("diffusion.export:main", "write weights in another tool's layout and prove that they act"),
     "build": Verb("diffusion.build:main", "rebuild the embedded models from their seeds"),
     "doctor": Verb("mmalign.doctor:main", "print versions, devices, extras and packages that are in the way"),
 }
@@ -87,9 +83,9 @@ def _extra(package: str) -> str:
 def run_entry(main: Main, argv: Sequence[str] | None = None) -> int:
     """Run an entry function and turn how it ends into an exit code.
 
-    0 done, 2 a mistake of the user's (one line on stderr), 130 interrupted. Any other exception is a bug of
-    ours and keeps its traceback. Under a launcher with several processes each line names its rank, so that one
-    rank's error is never lost and the same error from all of them is read as one.
+    0 done, 2 a mistake of the user's (one line on stderr), 130 interrupted. Any other exception is a bug
+    of ours and keeps its traceback. Under a launcher with several processes each line names its rank, so that
+    one rank's error is never lost and the same error from all of them is read as one.
 
     Args:
         main: takes the arguments, returns an exit code or None.

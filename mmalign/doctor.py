@@ -29,7 +29,7 @@ LIBRARIES = (
     "pillow",
     "safetensors",
 )
-EXTRAS = {  # module -> the extra that brings it; DeepSpeed builds against the machine's CUDA, so no extra does
+EXTRAS = {  # module -> the extra that brings it; DeepSpeed builds against the local CUDA, so none does
     "xformers": "xformers",
     "wandb": "wandb",
     "bitsandbytes": "bitsandbytes",
@@ -41,8 +41,8 @@ EXTRAS = {  # module -> the extra that brings it; DeepSpeed builds against the m
 def shadows() -> dict[str, str]:
     """Our import packages that another distribution or folder provides: name -> a sentence on who does.
 
-    `diffusion`, `vlm` and `evaluators` are also names of other projects; whichever stands first on the path, or
-    was installed last, wins without a word. Empty when every package is ours.
+    `diffusion`, `vlm` and `evaluators` are also names of other projects; whichever stands first on the path,
+    or was installed last, wins without a word. Empty when every package is ours.
     """
     claims = importlib.metadata.packages_distributions()
     found = {}
@@ -115,7 +115,5 @@ def main(argv: list[str]) -> int:
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
     if problems:
-        print(
-            "\nUninstall the other distribution, then install mmalign again: its files may have been overwritten."
-        )
+        print("\nUninstall the other distribution, then install mmalign again: it may have lost files.")
     return 1 if problems else 0

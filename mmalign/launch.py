@@ -1,4 +1,4 @@
-"""`mmalign train RECIPE [--accelerate PRESET] [key=value ...]`: which trainer a recipe is for, and how it starts.
+"""`mmalign train RECIPE [--accelerate PRESET] [key=value ...]`: which trainer a recipe is for, and its start.
 
 Without `--accelerate` the trainer runs in this process. With it, this process becomes
 `accelerate launch --config_file configs/accelerate/PRESET.yaml -m PACKAGE.train RECIPE key=value ...`, and
@@ -16,40 +16,25 @@ from typing import NoReturn
 import yaml
 
 from mmalign.cli import Parser, resolve
+from mmalign.config import find, shipped
 from mmalign.errors import UserError, nearest
 
 TRAINERS = {"diffusion": "diffusion.train:main", "vlm": "vlm.train:main"}
 
 
-def config_roots() -> list[Path]:
-    """Where a config may be named without its path: `configs` of the working directory, then those that ship."""
-    package = Path(__file__).resolve().parent
-    return [Path("configs"), package.parent / "configs", package / "configs"]  # in a checkout; in a wheel
-
-
-def find(name: str, folder: str = "") -> Path:
-    """A config file by path, or by its name below one of the `config_roots`.
-
-    Args:
-        name: `my/recipe.yaml`, `configs/diffusion/dpo_shapes.yaml`, `diffusion/dpo_shapes`, or `fsdp2`.
-        folder: the folder of a root in which a bare name is looked for, e.g. "accelerate".
+def preset(name: str) -> Path:
+    """A launch preset: a file of the user's, or one of `configs/accelerate/` by name.
 
     Raises:
-        UserError: no such file; names the nearest one that ships.
+        UserError: there is neither.
     """
     if Path(name).is_file():
         return Path(name)
-    stem = name.removeprefix("configs/").removesuffix(".yaml")
-    known: dict[str, Path] = {}
-    for root in config_roots():
-        for place in (root / f"{stem}.yaml", root / folder / f"{stem}.yaml"):
-            if place.is_file():
-                return place
-        for file in (root / folder).rglob("*.yaml"):
-            known.setdefault(file.relative_to(root / folder).with_suffix("").as_posix(), file)
-    names = [shown for shown in known if folder or not shown.startswith("accelerate/")]
-    hint = nearest(stem, names) if names else "No configs ship with this installation."
-    raise UserError(f"no config '{name}'", fix=hint)
+    ours = {key.partition("/"): path for key, path in shipped().items()}
+    known = {leaf: path for (folder, _, leaf), path in ours.items() if folder == "accelerate"}
+    if name not in known:
+        raise UserError(f"no launch preset '{name}'", place="--accelerate", fix=nearest(name, known))
+    return known[name]
 
 
 def package_of(recipe: Path) -> str:
@@ -84,9 +69,9 @@ def package_of(recipe: Path) -> str:
     )
 
 
-def command(preset: Path, package: str, recipe: Path, overrides: list[str]) -> list[str]:
-    """What `--accelerate` runs. `--quiet`: a user's mistake stays one line, without the launcher's traceback."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(preset)]
+def command(launcher: Path, package: str, recipe: Path, overrides: list[str]) -> list[str]:
+    """What `--accelerate` runs; `--quiet` keeps the launcher's traceback off a user's one-line mistake."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(launcher)]
     return [*launch, "-m", f"{package}.train", str(recipe), *overrides]
 
 
@@ -110,7 +95,7 @@ def main(argv: list[str]) -> int | None:
     recipe = find(arguments.recipe)
     package = package_of(recipe)
     if arguments.accelerate:
-        words = command(find(arguments.accelerate, "accelerate"), package, recipe, overrides)
+        words = command(preset(arguments.accelerate), package, recipe, overrides)
         if not arguments.dry_run:
             _replace(words)
     else:
