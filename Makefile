@@ -40,10 +40,9 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The quick tests first: a mistake shows early.
+# One run, the quick tests first (tests/conftest.py sorts them): a mistake shows early, the summary counts all.
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow"
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q
 
 test-core: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not slow"

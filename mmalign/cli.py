@@ -59,15 +59,15 @@ def resolve(target: str) -> Main:
 
 
 def _explain(missing: ModuleNotFoundError, module: str) -> UserError:
+    from mmalign import doctor
+
     name = missing.name or module
     top = name.partition(".")[0]
-    if module != name and not module.startswith(f"{name}."):
+    if top not in doctor.PACKAGES:
         return UserError(
             f"the package '{top}' is not installed", place=f"needed by {module}", fix=_extra(top)
         )
-    from mmalign.doctor import shadows
-
-    hidden = shadows().get(top)
+    hidden = doctor.shadows().get(top)
     if hidden:
         return UserError(f"'{top}' is not ours here: {hidden}", fix="Run 'mmalign doctor'.")
     return UserError(f"this installation has no module '{name}'", fix="Install mmalign again.")

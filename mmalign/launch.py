@@ -13,8 +13,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-import yaml
-
+from mmalign import yamltext
 from mmalign.cli import Parser, resolve
 from mmalign.config import find, shipped
 from mmalign.errors import UserError, nearest
@@ -40,33 +39,20 @@ def preset(name: str) -> Path:
 def package_of(recipe: Path) -> str:
     """Which trainer a recipe is for: its `package` key, else its folder's name (`diffusion/`, `vlm/`)."""
     try:
-        with recipe.open(encoding="utf-8") as file:
-            content = yaml.safe_load(file)
-    except yaml.YAMLError as error:
-        line = (
-            error.problem_mark.line + 1
-            if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark
-            else "?"
-        )
-        raise UserError(
-            "not valid YAML", place=f"{recipe}, line {line}", fix="Check the indentation."
-        ) from error
+        text = recipe.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the recipe: {error}", place=str(recipe)) from error
+    content, places = yamltext.parse(text, str(recipe))
     if not isinstance(content, dict):
         raise UserError("a recipe is a mapping of keys to values", place=str(recipe))
     package = content.get("package", recipe.resolve().parent.name)
-    if package in TRAINERS:
-        return str(package)
+    if isinstance(package, str) and package in TRAINERS:
+        return package
     if "package" in content:
-        raise UserError(
-            f"unknown package '{package}'", place=str(recipe), fix=nearest(str(package), TRAINERS)
-        )
-    raise UserError(
-        "cannot tell what this recipe trains",
-        place=str(recipe),
-        fix="Add 'package: diffusion' or 'package: vlm'.",
-    )
+        hint = nearest(str(package), TRAINERS)
+        raise UserError(f"unknown package '{package}'", place=places["package"], fix=hint)
+    hint = "Add 'package: diffusion' or 'package: vlm'."
+    raise UserError("cannot tell what this recipe trains", place=str(recipe), fix=hint)
 
 
 def command(launcher: Path, package: str, recipe: Path, overrides: list[str]) -> list[str]:

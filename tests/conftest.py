@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from jaxtyping import install_import_hook
 
 # Before torch or a Hugging Face library is imported: they read these once.
@@ -44,6 +45,19 @@ def _guard(connect: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
+def _resolve_local(host: Any, *rest: Any, **named: Any) -> Any:
+    if host is not None and not _is_local((host if isinstance(host, str) else host.decode(), 0)):
+        raise NetworkUse(f"a test tried to look up {host!r}; tests use loopback only")
+    return _getaddrinfo(host, *rest, **named)
+
+
+_getaddrinfo = socket.getaddrinfo
+socket.getaddrinfo = _resolve_local
 # Class attributes, so that every library that opens a socket in this process meets them.
 socket.socket.connect = _guard(socket.socket.connect)  # type: ignore[method-assign]  # the point of the guard
 socket.socket.connect_ex = _guard(socket.socket.connect_ex)  # type: ignore[method-assign]  # likewise
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests last, otherwise in their order."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
