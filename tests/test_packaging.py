@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import pkgutil
 import re
 import shutil
@@ -87,7 +88,7 @@ def test_every_direct_dependency_is_pinned() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {line.partition("==")[0] for line in lines}
     project = PROJECT["project"]
-    wanted = sum(project["optional-dependencies"].values(), start=project["dependencies"])
+    wanted = itertools.chain(project["dependencies"], *project["optional-dependencies"].values())
     names = {re.split(r"[<>=\[; ]", requirement)[0].lower() for requirement in wanted}
     assert names <= pinned
 
