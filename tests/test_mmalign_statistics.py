@@ -166,7 +166,7 @@ class TestPermutation:
 
     @pytest.mark.parametrize("tenths", [(-7, -3, 7), (-7, -7, -3, -1), (-7, -7, -3, -1, -1)])
     def test_rounding_does_not_hide_equal_sums(self, tenths: tuple[int, ...]) -> None:
-        """The observed sum, added up in another order, is a rounding away from itself; a unit must not matter."""
+        """The observed sum, added up in another order, is a rounding away from itself."""
         in_tenths = statistics.permutation_test([float(value) for value in tenths])
         assert statistics.permutation_test([value / 10 for value in tenths]) == in_tenths > 0
 
