@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
@@ -41,6 +42,10 @@ class Parser(argparse.ArgumentParser):
     """argparse whose complaints are `UserError`s: one line like every other, rather than a page of usage."""
 
     def error(self, message: str) -> NoReturn:
+        choice = re.search(r"invalid choice: '?(.+?)'? \(choose from (.+)\)", message)
+        if choice:
+            hint = nearest(choice[1], [name.strip(" '") for name in choice[2].split(",")])
+            raise UserError(f"{self.prog}: unknown '{choice[1]}'", fix=hint)
         raise UserError(f"{self.prog}: {message}", fix=f"See '{self.prog} --help'.")
 
 

@@ -139,6 +139,11 @@ def test_wrong_arguments_are_one_line(capsys: pytest.CaptureFixture[str]) -> Non
     )
 
 
+def test_a_wrong_choice_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["data", "chek"]) == 2
+    assert capsys.readouterr().err == "mmalign: error: mmalign data: unknown 'chek'. Did you mean 'check'?\n"
+
+
 # --------------------------------------------------------------------------------- what may be missing
 
 
