@@ -133,6 +133,9 @@ class LoopSettings(Settings):
     attention: Literal["sdpa", "xformers"] = Field("sdpa", description="xformers is an extra and needs a GPU")
     checkpoint_every: int = Field(0, ge=0, description="updates between checkpoints; 0: only the last update")
     keep_checkpoints: int = Field(2, gt=0, description="newest good checkpoints that stay on disk")
+    skip_spikes: float | None = Field(
+        None, gt=1, description="leave out updates whose gradient norm is this many times the recent median"
+    )
     sample_every: int = Field(0, ge=0, description="updates between validation samples; 0: none")
     log_every: int = Field(1, gt=0, description="updates between logged lines")
     resume: str = Field(
@@ -282,7 +285,8 @@ def dump(settings: BaseModel) -> str:
     return yamltext.write(settings.model_dump(mode="json"))
 
 
-def digest(settings: BaseModel) -> str:
+def digest(settings: BaseModel | Mapping[str, Any]) -> str:
     """SHA-256 (hex) of the values, whatever order the keys are in."""
-    canonical = json.dumps(settings.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    values = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else settings
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()

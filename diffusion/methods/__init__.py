@@ -1,0 +1,1 @@
+"""One file per method; `mmalign.method.load("diffusion", name)` finds it by its name."""

@@ -1,0 +1,100 @@
+"""What a diffusion method is built from and what it is fed: the seam between the trainer and the methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from diffusion.conditioning import Conditioning
+from diffusion.schedule import NoiseSchedule
+from mmalign.losses import accuracy
+from mmalign.randomness import Draws, key_seed
+from mmalign.reference import Reference
+
+Predict = Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairBatch:
+    """Pairs of pictures ready for the UNet: chosen rows first, then the rejected ones.
+
+    Attributes:
+        latents: scaled latents, fp32.
+        conditioning: of the same rows; both rows of a pair have the same prompt, dropped or not.
+        keys: one per pair: names the item and the draw. Equal keys draw equal numbers.
+        seed: of the run.
+        confidence, gap: as labelled, where the pairs have them.
+        weights: of the pairs, with mean 1 over the data set.
+    """
+
+    latents: Float[Tensor, "rows c h w"]
+    conditioning: Conditioning
+    keys: tuple[str, ...]
+    seed: int
+    confidence: Float[Tensor, " pairs"] | None = None
+    gap: Float[Tensor, " pairs"] | None = None
+    weights: Float[Tensor, " pairs"] | None = None
+
+    def draws(self, purpose: str) -> Draws:
+        """Random numbers for one purpose, a row per pair."""
+        return Draws([key_seed(purpose, self.seed, key) for key in self.keys], self.latents.device)
+
+    @property
+    def row_keys(self) -> list[str]:
+        """Names of the rows, for cached reference scores."""
+        return [f"{key}:{side}" for side in ("chosen", "rejected") for key in self.keys]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """What the trainer offers a method.
+
+    Attributes:
+        module: the UNet being trained, as prepared for this machine.
+        predict: (module, x_t, timesteps, conditioning) -> prediction.
+        schedule: noise levels, on the device of the latents.
+        reference: where the reference's scores come from.
+        elements: numbers in the latents of one picture.
+    """
+
+    module: nn.Module
+    predict: Predict
+    schedule: NoiseSchedule
+    reference: Reference
+    elements: int
+
+
+def draw_timesteps(draws: Draws, choices: Int64[Tensor, " choices"]) -> Int64[Tensor, " pairs"]:
+    """One timestep per pair, uniform over the choices."""
+    index = draws.integers(len(choices))
+    return choices.to(index.device)[index]
+
+
+def pair_metrics(
+    rewards: Float[Tensor, " rows"], errors: Float[Tensor, " rows"], reference: Float[Tensor, " rows"]
+) -> dict[str, Tensor]:
+    """The logged means under the field's names; rows are chosen first, then rejected."""
+    chosen, rejected = rewards.detach().chunk(2)
+    margin = chosen - rejected
+    error_chosen, error_rejected = errors.detach().chunk(2)
+    ref_chosen, ref_rejected = reference.chunk(2)
+    return {
+        "rewards/chosen": chosen.mean(),
+        "rewards/rejected": rejected.mean(),
+        "rewards/margins": margin.mean(),
+        "rewards/margins_abs": margin.abs().mean(),
+        "rewards/accuracies": accuracy(margin).mean(),
+        "errors/chosen": error_chosen.mean(),
+        "errors/rejected": error_rejected.mean(),
+        "errors/ref_chosen": ref_chosen.mean(),
+        "errors/ref_rejected": ref_rejected.mean(),
+    }
+
+
+def mean_over_pairs(loss: Float[Tensor, " pairs"], weights: Float[Tensor, " pairs"] | None) -> Float[Tensor, ""]:
+    """Mean of w * loss. The weights have mean 1 over the data set, not over the batch: so accumulating over eight
+    batches of one equals one batch of eight."""
+    return (loss if weights is None else loss * weights).mean()

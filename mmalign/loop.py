@@ -1,0 +1,400 @@
+"""The one training loop, on accelerate. It knows neither losses nor models: a method makes losses, a recorder saves.
+
+An update is a pure function of (weights, optimizer state, update number): the learning rate is computed, not stepped;
+the picks and draws come from the update's number; torch's global generators are re-seeded for each update. So a
+resumed run needs the weights, the optimizer's state and a number, and equals the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from mmalign import checkpoint
+from mmalign.config import LoopSettings, OptimSettings
+from mmalign.errors import UserError
+from mmalign.method import Method
+from mmalign.optimizers import Average, make_optimizer, rate
+from mmalign.randomness import key_seed
+from mmalign.progress import Progress
+from mmalign.tracking import Tracker
+
+MAX_BAD_UPDATES = 10  # in a row, before the run is given up
+SPIKE_HISTORY = 100  # gradient norms that say what is normal
+SHOWN = {"loss": "loss", "accuracy": "rewards/accuracies"}  # beside the progress bar
+ZERO_MARGIN = 1e-3  # largest margin that counts as zero at the start
+
+Save = Callable[[Path], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hooks:
+    """What the entry module knows and the loop does not.
+
+    Attributes:
+        save_model: writes the trained weights into a folder, in the layout of their library. Called by every process,
+            since gathering sharded weights takes all of them; only the one told `writes` writes.
+        load_model: reads them back, bit for bit.
+        sample: validation samples at an update; may be None.
+        saved: called after each checkpoint and at the end (caches persist themselves here).
+        summary: what identifies the run in a checkpoint's manifest: a checkpoint that differs is refused.
+    """
+
+    save_model: Save
+    load_model: Save
+    sample: Callable[[int], None] | None = None
+    saved: Callable[[], None] | None = None
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Loop:
+    """Prepares a module for training, then runs a method on it.
+
+    Args:
+        module: what is trained: its parameters that require gradients.
+        settings, optim: the recipe's sections.
+    """
+
+    def __init__(self, module: nn.Module, settings: LoopSettings, optim: OptimSettings) -> None:
+        self.settings, self.optim = settings, optim
+        self.accelerator = make_accelerator(settings)
+        self.raw = module
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError("nothing to train: no parameter requires a gradient")
+        if settings.compile:
+            module.compile()
+        self.module, self.optimizer = self.accelerator.prepare(module, make_optimizer(self.parameters, optim))
+        self.parameters = [p for p in self.module.parameters() if p.requires_grad]  # sharded ones are new objects
+        self.average = Average(self.parameters, optim.ema_decay) if optim.ema_decay else None
+        self._norms: list[float] = []
+        self._bad = 0
+        self._skipped = 0
+        self._stop: signal.Signals | None = None
+
+    @property
+    def pairs_per_update(self) -> int:
+        settings = self.settings
+        return settings.batch_size * settings.accumulation * self.accelerator.num_processes
+
+    def run(self, method: Method, name: str, source: Callable[[int], Iterator[Any]], hooks: Hooks) -> int:
+        """Train to the last update.
+
+        Args:
+            method: makes the losses.
+            name: the method's, for the manifest.
+            source: the batches of this process from a given update on, `accumulation` of them an update.
+            hooks: see `Hooks`.
+
+        Returns:
+            0, or 143 when a SIGTERM ended the run early (a checkpoint is written first).
+        """
+        settings = self.settings
+        start = self._resume(method, name, hooks)
+        main = self.accelerator.is_main_process
+        self.tracker = Tracker(settings.output_dir, settings.trackers, resume_step=start or None, enabled=main)
+        bar = Progress(settings.steps, f"train {name}", unit="update", initial=start, enabled=main)
+        with self._signals(), contextlib.closing(self.tracker), bar:
+            batches = method.batches(source(start))
+            clock, since = time.perf_counter(), start
+            shown: dict[str, float] = {}
+            for step in range(start, settings.steps):
+                metrics = self._update(method, batches, step)
+                if metrics is None:  # stopped inside the window: its gradients are dropped, nothing else happened
+                    self._save(method, name, step, hooks)
+                    break
+                done = step + 1
+                if done % settings.log_every == 0 or done == settings.steps or done == start + 1:
+                    line = self._line(metrics, done, time.perf_counter() - clock, done - since)
+                    clock, since = time.perf_counter(), done
+                    self.tracker.log(done, line)
+                    shown = {key: line[name] for key, name in SHOWN.items() if name in line}
+                bar.update(**shown)
+                if settings.sample_every and done % settings.sample_every == 0 and hooks.sample:
+                    with self.undisturbed():
+                        hooks.sample(done)
+                    clock, since = time.perf_counter(), done
+                last = done == settings.steps
+                stopping = self._agreed_to_stop()
+                if last or stopping or (settings.checkpoint_every and done % settings.checkpoint_every == 0):
+                    self._save(method, name, done, hooks)
+                if stopping:
+                    break
+        if self._stop is not None:
+            self.accelerator.print("stopped by a signal; the same command goes on from the checkpoint just written")
+            return 128 + self._stop
+        return 0
+
+    # ------------------------------------------------------------------------------------------- one update
+
+    def _update(self, method: Method, batches: Iterator[Any], step: int) -> dict[str, Tensor] | None:
+        """One optimizer step. None when a signal came before the window was full."""
+        settings, accelerator = self.settings, self.accelerator
+        torch.manual_seed(key_seed("update", settings.seed, step, accelerator.process_index))
+        self.module.train()
+        sums: dict[str, Tensor] = {}
+        count = 0
+        for forward in range(settings.accumulation):
+            if self._stop is not None and accelerator.num_processes == 1:
+                self.optimizer.zero_grad(set_to_none=True)
+                return None
+            batch = next(batches)
+            passes = method.passes(batch)
+            losses = method.losses(batch)
+            for index in range(passes):
+                whole = forward + 1 == settings.accumulation and index + 1 == passes
+                with contextlib.nullcontext() if whole else accelerator.no_sync(self.module):
+                    loss, metrics = next(losses)
+                    accelerator.backward(loss)
+                for key, value in metrics.items():
+                    sums[key] = sums.get(key, torch.zeros((), device=value.device)) + value.detach().float()
+                sums["loss"] = sums.get("loss", torch.zeros((), device=loss.device)) + loss.detach().float()
+            count += 1
+        means = {key: value / count for key, value in sums.items()}
+        if step == 0 and not self.settings.init_from:
+            check_zero_margin(means)
+        return self._step(means, step)
+
+    def _step(self, means: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        accelerator, optim = self.accelerator, self.optim
+        lr = rate(step, self.settings.steps, optim)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = accelerator.clip_grad_norm_(self.module.parameters(), optim.max_grad_norm or math.inf)
+        norm = torch.as_tensor(0.0 if norm is None else norm).detach().float()
+        if self._is_normal(norm.item(), means["loss"], step):
+            self.optimizer.step()
+            if self.average:
+                self.average.update(self.parameters, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        here = means["loss"].device
+        return {
+            **means,
+            "grad_norm": norm.to(here),
+            "lr": torch.tensor(lr, device=here),
+            "updates/skipped": torch.tensor(float(self._skipped), device=here),
+        }
+
+    def _is_normal(self, norm: float, loss: Tensor, step: int) -> bool:
+        """Whether to take this step: not when its gradient is not finite, or far larger than lately."""
+        scaling = self.accelerator.scaler is not None  # fp16's scaler finds overflows itself and lowers its scale
+        finite = math.isfinite(norm)
+        factor = self.settings.skip_spikes
+        spike = bool(
+            finite
+            and factor
+            and len(self._norms) >= SPIKE_HISTORY // 2
+            and norm > factor * statistics.median(self._norms)
+        )
+        if finite:
+            self._norms = [*self._norms, norm][-SPIKE_HISTORY:]
+        self._bad = 0 if finite else self._bad + 1
+        self._skipped += (not finite) or spike
+        if self._bad >= MAX_BAD_UPDATES:
+            raise UserError(
+                f"loss or gradient was not finite for {self._bad} updates in a row (last loss {loss.item():g})",
+                place=f"update {step + 1}",
+                fix="Lower optim.lr or method.beta, or use loop.precision=bf16; the last checkpoint is untouched.",
+            )
+        return not spike and (finite or scaling)
+
+    def _line(self, metrics: Mapping[str, Tensor], step: int, seconds: float, updates: int) -> dict[str, float]:
+        """The logged numbers: means over processes, one copy to the host for all of them."""
+        names = sorted(metrics)
+        values = torch.stack([metrics[name].float().reshape(()) for name in names])
+        values = self.accelerator.reduce(values, reduction="mean")
+        line = dict(zip(names, values.tolist(), strict=True))
+        line["throughput/pairs_per_second"] = self.pairs_per_update * updates / max(seconds, 1e-9)
+        line["memory/peak_gb"] = peak_memory_gb()
+        return line
+
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Inside, anything may be sampled: modes, generators and gradients are as before afterwards."""
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            self.module.eval()
+            try:
+                yield
+            finally:
+                self.module.train()
+
+    # ------------------------------------------------------------------------------------ saving and resuming
+
+    def _save(self, method: Method, name: str, step: int, hooks: Hooks) -> None:
+        if hooks.saved:
+            hooks.saved()
+        state = {
+            "optimizer": self._optimizer_state(),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+            "average": self.average.state_dict() if self.average else None,
+            "guard": {"norms": self._norms, "bad": self._bad, "skipped": self._skipped},
+            "method": method.state_dict(),
+        }
+        writers = {"model": hooks.save_model}
+        if self.average:
+            writers["model_ema"] = self._averaged(hooks.save_model)
+        if self.accelerator.is_main_process:
+            checkpoint.save(
+                self.settings.output_dir,
+                step,
+                state,
+                keep=self.settings.keep_checkpoints,
+                method=name,
+                summary=hooks.summary,
+                writers=writers,
+            )
+        elif self._sharded:  # the others take part in gathering the shards
+            for write in writers.values():
+                write(self.settings.output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self, method: Method, name: str, hooks: Hooks) -> int:
+        """The update to start at, with everything restored."""
+        settings = self.settings
+        found = checkpoint.choose(settings.resume, settings.output_dir)
+        for warning in found.warnings:
+            self.accelerator.print(f"mmalign: warning: {warning}")
+        if found.path is None:
+            self._set_aside(after=-1)
+            return 0
+        loaded = checkpoint.load(found.path, expect_method=name, expect=hooks.summary)
+        if loaded.step > settings.steps:
+            raise UserError(
+                f"the checkpoint is at update {loaded.step}, past loop.steps={settings.steps}",
+                place=str(found.path),
+                fix="Raise loop.steps or choose another loop.output_dir.",
+            )
+        hooks.load_model(found.path / "model")
+        self._load_optimizer_state(loaded.state["optimizer"])
+        if self.accelerator.scaler and loaded.state["scaler"]:
+            self.accelerator.scaler.load_state_dict(loaded.state["scaler"])
+        if self.average and loaded.state["average"]:
+            self.average.load_state_dict(loaded.state["average"])
+        guard = loaded.state["guard"]
+        self._norms, self._bad, self._skipped = list(guard["norms"]), guard["bad"], guard["skipped"]
+        method.load_state_dict(loaded.state["method"])
+        self._set_aside(after=loaded.step)
+        self.accelerator.print(f"resumed from {found.path.name}")
+        return loaded.step
+
+    def _set_aside(self, after: int) -> None:
+        """Keep checkpoints of a trajectory that is being left from being resumed later."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            for path in checkpoint.set_aside(self.settings.output_dir, after=after):
+                print(f"mmalign: set aside {path.name}", flush=True)
+        self.accelerator.wait_for_everyone()
+
+    def full_state(self) -> dict[str, Tensor] | None:
+        """The module's weights put together from all processes; None where every process has them whole."""
+        return dict(self.accelerator.get_state_dict(self.module)) if self._sharded else None
+
+    @property
+    def _sharded(self) -> bool:
+        return str(self.accelerator.distributed_type).endswith(("FSDP", "DEEPSPEED"))
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        if not self._sharded:
+            return dict(self.optimizer.state_dict())
+        from torch.distributed.checkpoint import state_dict as sharded
+
+        options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return dict(sharded.get_optimizer_state_dict(self.module, self.optimizer.optimizer, options=options))
+
+    def _load_optimizer_state(self, state: dict[str, Any]) -> None:
+        if not self._sharded:
+            self.optimizer.load_state_dict(state)
+            return
+        from torch.distributed.checkpoint import state_dict as sharded
+
+        options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        sharded.set_optimizer_state_dict(self.module, self.optimizer.optimizer, state, options=options)
+
+    def _averaged(self, save: Save) -> Save:
+        def write(folder: Path) -> None:
+            assert self.average is not None
+            with self.average.swapped_in(self.parameters):
+                save(folder)
+
+        return write
+
+    # --------------------------------------------------------------------------------------------- signals
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM asks the run to save and end; handlers are put back afterwards."""
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            self._stop = signal.Signals(number)
+
+        try:
+            before = signal.signal(signal.SIGTERM, ask)
+        except ValueError:  # not the main thread: whoever runs us there handles signals
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _agreed_to_stop(self) -> bool:
+        """Whether any process was asked to stop, known to all of them after the same update."""
+        if self.accelerator.num_processes == 1:
+            return self._stop is not None
+        asked = torch.tensor([float(self._stop or 0)], device=self.accelerator.device)
+        signal_number = int(self.accelerator.gather(asked).max().item())
+        if signal_number:
+            self._stop = signal.Signals(signal_number)
+        return bool(signal_number)
+
+
+def make_accelerator(settings: LoopSettings) -> Accelerator:
+    """Accelerate set up from the recipe; a precision that this machine lacks is the user's error."""
+    precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[settings.precision]
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise UserError(
+            "fp16 training needs a GPU", place="loop.precision", fix="Use fp32 or bf16 on this machine."
+        )
+    return Accelerator(
+        mixed_precision=precision, gradient_accumulation_steps=settings.accumulation, step_scheduler_with_optimizer=False
+    )
+
+
+def check_zero_margin(means: Mapping[str, Tensor]) -> None:
+    """Before the first step policy equals reference, so every margin is zero; otherwise they are not the same model."""
+    margin = means.get("rewards/margins_abs")
+    if margin is not None and margin.item() > ZERO_MARGIN:
+        raise UserError(
+            f"the first margins are {margin.item():.3g}, not 0: policy and reference differ before training",
+            place="update 1",
+            fix="Check that both use the same weights and precision.",
+        )
+
+
+def peak_memory_gb() -> float:
+    """Peak memory of this process: on the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def trainable(parameters: Sequence[nn.Parameter]) -> int:
+    """How many numbers are trained."""
+    return sum(parameter.numel() for parameter in parameters)
