@@ -117,9 +117,7 @@ def set_attention(unet: Any, name: str) -> None:
 
     place, fix = "loop.attention", "Use loop.attention=sdpa, which is as fast on recent GPUs"
     if not is_xformers_available():
-        raise UserError(
-            "xformers is not installed", place=place, fix=f"pip install 'mmalign[xformers]'. {fix}"
-        )
+        raise UserError("xformers is not installed", place=place, fix=f"pip install 'mmalign[xformers]'. {fix}")
     if not torch.cuda.is_available():
         raise UserError("xformers needs a GPU and there is none", place=place, fix=fix)
     unet.enable_xformers_memory_efficient_attention()

@@ -7,7 +7,6 @@ recipe at toy size: a Kullback-Leibler autoencoder, then noise prediction on its
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import math
@@ -20,8 +19,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmalign.shapes import render, scenes, words
 from mmalign.progress import progress
+from mmalign.shapes import render, scenes, words
 
 TOKENS = 16  # longest caption, in tokens, begin and end included
 LATENT_SIZE = 8  # pixels / 4
@@ -197,7 +196,10 @@ def build_base(out: Path, vae_folder: Path, *, steps: int, batch: int, seed: int
                 feature_extractor=None,
                 requires_safety_checker=False,
             )
-            print(json.dumps({"step": step + 1, "loss": round(running, 4), **faithfulness(pipeline)}), flush=True)
+            print(
+                json.dumps({"step": step + 1, "loss": round(running, 4), **faithfulness(pipeline)}),
+                flush=True,
+            )
             save_pipeline(pipeline, out)
 
 
@@ -254,17 +256,26 @@ def save_pipeline(pipeline: Any, out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`mmalign build PART --out FOLDER`."""
-    parser = argparse.ArgumentParser(prog="mmalign build", description=__doc__)
-    parser.add_argument("part", choices=["vae"])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
-    build_vae(arguments.out, steps=arguments.steps, batch=arguments.batch, seed=arguments.seed)
+    """`mmalign build vae|base|clip --out FOLDER`."""
+    from evaluators.build_clip import build_clip
+    from mmalign.cli import Parser
+
+    parser = Parser(prog="mmalign build", description=__doc__)
+    parts = parser.add_subparsers(dest="part", required=True)
+    for part, steps, batch in (("vae", 4500, 16), ("base", 9000, 32), ("clip", 2400, 32)):
+        one = parts.add_parser(part)
+        one.add_argument("--out", type=Path, required=True, help="folder to write")
+        one.add_argument("--steps", type=int, default=steps)
+        one.add_argument("--batch", type=int, default=batch)
+        one.add_argument("--seed", type=int, default=0)
+        if part == "base":
+            one.add_argument("--vae", type=Path, required=True, help="folder of a built autoencoder")
+    said = parser.parse_args(argv)
+    common = {"steps": said.steps, "batch": said.batch, "seed": said.seed}
+    if said.part == "vae":
+        build_vae(said.out, **common)
+    elif said.part == "base":
+        build_base(said.out, said.vae, **common)
+    else:
+        build_clip(said.out, **common)
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

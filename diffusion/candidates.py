@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from diffusion.models import DiffusionModel
+from diffusion.recipe import CandidateSettings
+from evaluators import scorer as scorers
 from mmalign.media import Media
 from mmalign.preferences import Store
 from mmalign.prompts import read_prompts
 from mmalign.records import Candidate, Record
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from diffusion.models import DiffusionModel
-    from diffusion.recipe import CandidateSettings
 
 
 def make_store(model: DiffusionModel, settings: CandidateSettings, path: Path) -> Store:
@@ -22,8 +19,6 @@ def make_store(model: DiffusionModel, settings: CandidateSettings, path: Path) -
 
     Picture k of prompt i has noise seed `seed * 10^9 + i * 1000 + k`, stored with it.
     """
-    from evaluators import scorer as scorers
-
     scorer = scorers.load(settings.scorer.name, settings.scorer.options())
     prompts = read_prompts(settings.prompts, settings.count, settings.seed)
     repeated = [prompt for prompt in prompts for _ in range(settings.per_prompt)]
@@ -31,7 +26,12 @@ def make_store(model: DiffusionModel, settings: CandidateSettings, path: Path) -
         settings.seed * 10**9 + index * 1000 + k for index in range(len(prompts)) for k in range(settings.per_prompt)
     ]
     images = model.sample(
-        repeated, seeds=seeds, steps=settings.sampler.steps, guidance_scale=settings.sampler.guidance_scale, label="candidates"
+        repeated,
+        seeds=seeds,
+        steps=settings.sampler.steps,
+        guidance_scale=settings.sampler.guidance_scale,
+        batch_size=settings.sampler.batch_size,
+        label="candidates",
     )
     scores = scorer.score(repeated, images)
 
@@ -55,4 +55,4 @@ def make_store(model: DiffusionModel, settings: CandidateSettings, path: Path) -
                 source=f"sampled from {model.identity}",
             )
 
-    return Store.write(records(), path, scorers={name: scorer.identity for name in scores[0]})
+    return Store.write(records(), path, scorers=dict.fromkeys(scores[0], scorer.identity))

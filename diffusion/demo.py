@@ -11,149 +11,19 @@ stage left in the run's folder is used again, so an interrupted demo goes on whe
 
 from __future__ import annotations
 
-import importlib.metadata
-import shlex
-import time
-from collections.abc import Mapping, Sequence
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-from diffusion.recipe import TrainConfig
-from mmalign import checkpoint
-from mmalign import config as configuration
-from mmalign.errors import UserError
-
-if TYPE_CHECKING:
-    from diffusion.evaluate import Judged
-    from diffusion.models import DiffusionModel
-    from mmalign.statistics import PairedReport
+from mmalign.cli import Parser
 
 DEFAULT = "diffusion/dpo_shapes"
-LABELS = {"base": "base", "dpo": "Diffusion-DPO", "sft": "fine-tuning on the winners"}
-SHARES = ("faithful",)  # numbers that are 0 or 1 for a picture
-
-
-def demo(recipe: str, overrides: Sequence[str]) -> int:
-    """All stages of a recipe. Returns the exit code."""
-    from diffusion import models
-    from diffusion.evaluate import judge
-    from diffusion.train import ensure_store, train
-
-    clock = time.perf_counter()
-    config = configuration.load(TrainConfig, recipe, overrides)
-    evaluation = config.evaluation
-    if evaluation is None:
-        raise UserError("this recipe has no evaluation section", place=recipe, fix="Train it with 'mmalign train'.")
-    out = config.loop.output_dir
-    print(f"== candidates: {config.data.path}", flush=True)
-    ensure_store(config, models.load_model(config.model))
-    for arm, changes in evaluation.arms.items():
-        print(f"\n== train {arm}", flush=True)
-        code = train(configuration.load(TrainConfig, recipe, [*overrides, *changes, f"loop.output_dir={out / arm}"]))
-        if code:
-            return code
-    print("\n== judge", flush=True)
-    opened = {"base": partial(models.load_model, config.model)}
-    opened |= {arm: partial(open_arm, config, out / arm) for arm in evaluation.arms}
-    judged = judge(evaluation, opened)
-    command = shlex.join(["mmalign", "demo", recipe, *overrides])
-    page = report(config, judged, command, time.perf_counter() - clock)
-    print(f"\nreport: {page}")
-    return 0
-
-
-def open_arm(config: TrainConfig, folder: Path) -> DiffusionModel:
-    """The base model with the weights of the newest checkpoint of a run."""
-    from diffusion import models, weights
-
-    found = checkpoint.latest(folder)
-    if found.path is None:
-        raise UserError("no good checkpoint here", place=str(folder), fix="Train it first.")
-    model = models.load_model(config.model)
-    averaged = found.path / "model_ema"
-    weights.open_weights(model, averaged if averaged.is_dir() else found.path / "model")
-    return model
-
-
-def report(
-    config: TrainConfig,
-    judged: Mapping[str, Judged],
-    command: str,
-    seconds: float,
-) -> Path:
-    """Compare every arm with the base and write the report into the run's folder."""
-    from evaluators.report import write_report
-    from evaluators.results import Report, measured
-    from mmalign.statistics import paired_report
-
-    evaluation = config.evaluation
-    assert evaluation is not None  # asked before anything was sampled
-    base, aligned = judged["base"], next(iter(evaluation.arms))
-    rows = shown_rows(base.prompts, evaluation.shown)
-    arms = {}
-    for name, found in judged.items():
-        scores = {column(number): found.column(number) for number in found.complete()}
-        arms[name] = measured(
-            LABELS.get(name, name),
-            scores,
-            taught=column(evaluation.preference),
-            prompts=found.prompts,
-            images=[found.pictures[row] for row in rows],
-            curves=None if name == "base" else config.loop.output_dir / name / "metrics.jsonl",
-        )
-
-    def against(number: str, first: str, second: str) -> PairedReport:
-        return paired_report(judged[first].column(number), judged[second].column(number), base.prompts)
-
-    tuned = list(evaluation.arms)
-    judgeable = "faithful" in base.complete()
-    return write_report(
-        config.loop.output_dir,
-        Report(
-            method=config.method.name,
-            preference=evaluation.preference,
-            title=f"{config.method.name} on {config.model.path}: {evaluation.preference}",
-            prompts=len(set(base.prompts)),
-            seed=config.loop.seed,
-            seconds=seconds,
-            versions=versions(),
-            config=configuration.dump(config),
-            command=command,
-            arms=arms,
-            aligned=aligned,
-            paired={name: against(evaluation.preference, "base", name) for name in tuned},
-            faithful={name: against("faithful", "base", name) for name in tuned} if judgeable else {},
-            over={name: against(evaluation.preference, name, aligned) for name in tuned if name != aligned},
-            shown=[base.prompts[row] for row in rows],
-        ),
-    )
-
-
-def column(number: str) -> str:
-    """The name of a number in the report: a share keeps its name, the mean of a score says so."""
-    return number if number in SHARES else f"{number}_mean"
-
-
-def shown_rows(prompts: Sequence[str], count: int) -> list[int]:
-    """The first picture of each of the first `count` prompts."""
-    first: dict[str, int] = {}
-    for row, prompt in enumerate(prompts):
-        first.setdefault(prompt, row)
-    return list(first.values())[:count]
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    return {name: importlib.metadata.version(name) for name in ("mmalign", "torch", "diffusers", "transformers", "peft")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`mmalign demo [RECIPE] [key=value ...]`."""
-    from mmalign.cli import Parser
-
     parser = Parser(prog="mmalign demo", description=__doc__)
     parser.add_argument("words", nargs="*", metavar="RECIPE key=value", help=f"default recipe: {DEFAULT}")
     words = parser.parse_args(argv).words
     named = bool(words) and "=" not in words[0]
+    from diffusion.stages import demo
+
     return demo(words[0] if named else DEFAULT, words[1:] if named else words)

@@ -88,7 +88,8 @@ class DiffusionModel:
     @property
     def device(self) -> torch.device:
         """Where the UNet is."""
-        return next(self.unet.parameters()).device
+        parameter: Tensor = next(self.unet.parameters())
+        return parameter.device
 
     @property
     def scale(self) -> int:
@@ -98,7 +99,8 @@ class DiffusionModel:
     @property
     def multiple(self) -> int:
         """Picture sides must be multiples of it, so that every level of the UNet has whole sizes."""
-        return self.scale * 2 ** (len(self.unet.config.down_block_types) - 1)
+        levels: int = len(self.unet.config.down_block_types)
+        return self.scale << (levels - 1)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(channels, height, width) of the latents of a picture."""
@@ -141,9 +143,9 @@ class DiffusionModel:
         """
         vae = self.vae
         unscaled = latents.to(vae.device, torch.float32) / vae.config.scaling_factor
-        pixels = vae.decode(unscaled.to(vae.dtype)).sample.float()
+        pixels: Tensor = vae.decode(unscaled.to(vae.dtype)).sample.float()
         self._require_finite(pixels)
-        return pixels.clamp(-1, 1)
+        return torch.clamp(pixels, -1, 1)
 
     def _require_finite(self, values: Tensor) -> None:
         if not values.isfinite().all():

@@ -94,13 +94,9 @@ def _read_index(source: str, revision: str | None, offline: bool, place: str) ->
     if folder.is_dir():
         file = folder / INDEX
     elif folder.is_file():
-        raise UserError(
-            "this is a file, not a pipeline folder", place=place, fix="Convert it with diffusers first"
-        )
+        raise UserError("this is a file, not a pipeline folder", place=place, fix="Convert it with diffusers first")
     elif not HUB_ID.fullmatch(source):
-        raise UserError(
-            "there is no such folder", place=place, fix="Give a diffusers folder or a hub id owner/name"
-        )
+        raise UserError("there is no such folder", place=place, fix="Give a diffusers folder or a hub id owner/name")
     else:
         file = Path(_download_index(source, revision, offline, place))
     try:
@@ -168,9 +164,7 @@ def _check_weights(folder: Path, family: Family, place: str) -> None:
     """A clear word about the two commonest faults of a local folder, before diffusers gives a long one."""
     for part in PARTS[family]:
         if not (folder / part).is_dir():
-            raise UserError(
-                f"the folder has no '{part}'", place=place, fix="Copy or download the pipeline again"
-            )
+            raise UserError(f"the folder has no '{part}'", place=place, fix="Copy or download the pipeline again")
         pickled = any((folder / part).glob("*.bin"))
         if pickled and not any((folder / part).glob("*.safetensors")):
             raise UserError(

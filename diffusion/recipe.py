@@ -16,6 +16,7 @@ class SamplerSettings(Settings):
 
     steps: int = Field(30, gt=0, description="denoising steps")
     guidance_scale: float = Field(7.5, ge=0, description="classifier-free guidance; 1 or less switches it off")
+    batch_size: int = Field(8, gt=0, description="pictures drawn at once; changes nothing in them")
 
 
 class CandidateSettings(Settings):

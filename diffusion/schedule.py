@@ -212,9 +212,7 @@ def timestep_choices(
             last = len(schedule) - 1
             raise UserError(f"timestep {t} does not exist", place=place, fix=f"They go from 0 to {last}")
         if silent[t]:
-            effect = (
-                "a pair with shared noise has no gradient" if in_noise else f"errors in {space} do not exist"
-            )
+            effect = "a pair with shared noise has no gradient" if in_noise else f"errors in {space} do not exist"
             raise UserError(
                 f"timestep {t} keeps nothing of the picture (SNR 0): {effect} there",
                 place=place,

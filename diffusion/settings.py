@@ -16,70 +16,73 @@ Pixels = Annotated[int, Field(gt=0)]
 class ModelSettings(Settings):
     """Which pipeline, and how it is run."""
 
-    path: str = Field(
-        min_length=1, description="a diffusers folder, a hub id, or shapes: the model that comes along"
-    )
-    revision: str | None = Field(None, description="branch, tag or commit on the hub")
-    variant: str | None = Field(None, description="of the weight files: fp16 reads *.fp16.safetensors")
-    vae: str | None = Field(
-        None, description="folder or hub id of another VAE, say an fp16-safe one for SDXL"
-    )
+    path: str = Field(min_length=1, description="a diffusers folder, a hub id, or shapes: the model that comes along")
+    revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
+    variant: str | None = Field(default=None, description="of the weight files: fp16 reads *.fp16.safetensors")
+    vae: str | None = Field(default=None, description="folder or hub id of another VAE, say an fp16-safe one for SDXL")
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="of what is not trained: text encoders, VAE and, with an adapter, the UNet"
+        default="fp32",
+        description="of what is not trained: text encoders, VAE and, with an adapter, the UNet",
     )
     prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
-        None, description="what the UNet predicts; null: as its scheduler says"
+        default=None, description="what the UNet predicts; null: as its scheduler says"
     )
     zero_terminal_snr: bool = Field(
-        False, description="train on the schedule rescaled to end without signal, as SDXL-Turbo does"
+        default=False, description="train on the schedule rescaled to end without signal, as SDXL-Turbo does"
     )
-    resolution: Pixels | None = Field(None, description="pixels of a side; null: the model's own")
+    resolution: Pixels | None = Field(default=None, description="pixels of a side; null: the model's own")
     time_ids: Literal["true", "constant"] = Field(
-        "true", description="SDXL's size conditioning: each picture's own sizes and crop, or the resolution"
+        default="true",
+        description="SDXL's size conditioning: each picture's own sizes and crop, or the resolution",
     )
     empty_prompt: Literal["encode", "zeros"] | None = Field(
-        None, description="what dropped prompts become; null: what the pipeline's own guidance uses"
+        default=None, description="what dropped prompts become; null: what the pipeline's own guidance uses"
     )
-    offline: bool = Field(False, description="never reach for the hub; HF_HUB_OFFLINE=1 does the same")
+    offline: bool = Field(default=False, description="never reach for the hub; HF_HUB_OFFLINE=1 does the same")
 
 
 class LoraSettings(Settings):
     """A low-rank adapter on the UNet: W + (alpha / rank) B A, with B = 0 at the start."""
 
-    rank: int = Field(8, gt=0, description="inner dimension of every pair of matrices")
+    rank: int = Field(default=8, gt=0, description="inner dimension of every pair of matrices")
     alpha: float | None = Field(
-        None, gt=0, description="the update is scaled by alpha / rank; null: alpha = rank"
+        default=None, gt=0, description="the update is scaled by alpha / rank; null: alpha = rank"
     )
     targets: Literal["attention", "attention+ff", "all"] = Field(
-        "attention", description="attention: to_q, to_k, to_v, to_out; all: also feed-forward and resnets"
+        default="attention",
+        description="attention: to_q, to_k, to_v, to_out; all: also feed-forward and resnets",
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="on the input of A, while training")
-    seed: int = Field(0, ge=0, description="of A's Gaussian start")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="on the input of A, while training")
+    seed: int = Field(default=0, ge=0, description="of A's Gaussian start")
 
 
 class LatentSettings(Settings):
     """How pictures become latents: size, crops, flips, and where the result is kept."""
 
     buckets: Literal["square", "auto"] | tuple[tuple[Pixels, Pixels], ...] = Field(
-        "square",
+        default="square",
         description="(width, height) of training; auto: many shapes of about the resolution's area; "
         "both sides of a pair share one",
     )
-    views: int = Field(1, ge=1, le=64, description="crops and flips cached per picture; the first is plain")
-    crop: Literal["center", "random"] = Field("center", description="of the views after the first")
-    flip: bool = Field(False, description="views after the first may be mirrored, both sides together")
+    views: int = Field(default=1, ge=1, le=64, description="crops and flips cached per picture; the first is plain")
+    crop: Literal["center", "random"] = Field(default="center", description="of the views after the first")
+    flip: bool = Field(default=False, description="views after the first may be mirrored, both sides together")
     posterior: Literal["mean", "sample"] = Field(
-        "mean", description="latents are the VAE posterior's mean, or drawn from it at every use"
+        default="mean", description="latents are the VAE posterior's mean, or drawn from it at every use"
     )
     dtype: Literal["fp32", "fp16"] = Field("fp32", description="of latents and text embeddings, kept or not")
-    encode_batch: int = Field(8, gt=0, description="pictures per VAE forward")
+    encode_batch: int = Field(default=8, gt=0, description="pictures per VAE forward")
     cache: Annotated[Path, Field(strict=False)] | None = Field(
-        Path("runs/cache"), description="folder of encoded data, found again by content; null: memory only"
+        default=Path("runs/cache"),
+        description="folder of encoded data, found again by content; null: memory only",
     )
     prompt_dropout: float = Field(
-        0.0, ge=0, lt=1, description="share of pairs trained with an empty prompt, for guidance to stay alive"
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of pairs trained with an empty prompt, for guidance to stay alive",
     )
-    seed: int = Field(0, ge=0, description="of random crops and flips")
+    seed: int = Field(default=0, ge=0, description="of random crops and flips")
 
     @model_validator(mode="after")
     def _views_differ(self) -> LatentSettings:
@@ -96,13 +99,13 @@ class LatentSettings(Settings):
 class PairingSettings(Settings):
     """How pairs are made from records; see `mmalign.pairing.Pairing`."""
 
-    strategy: Strategy = Field("auto", description="by votes, best against worst, or all pairs")
-    score: str | None = Field(None, description="the score to compare by; null: the only one there is")
-    min_gap: float = Field(0.0, ge=0, description="pairs with a smaller difference are left out")
-    max_gap: float | None = Field(None, description="pairs with a larger one are left out")
-    ties: Ties = Field("drop", description="drop, or soft: a coin flip for losses with soft labels")
-    max_pairs_per_prompt: int | None = Field(None, gt=0, description="a seeded draw from prompts with more")
-    seed: int = Field(0, ge=0, description="of that draw")
+    strategy: Strategy = Field(default="auto", description="by votes, best against worst, or all pairs")
+    score: str | None = Field(default=None, description="the score to compare by; null: the only one there is")
+    min_gap: float = Field(default=0.0, ge=0, description="pairs with a smaller difference are left out")
+    max_gap: float | None = Field(default=None, description="pairs with a larger one are left out")
+    ties: Ties = Field(default="drop", description="drop, or soft: a coin flip for losses with soft labels")
+    max_pairs_per_prompt: int | None = Field(default=None, gt=0, description="a seeded draw from prompts with more")
+    seed: int = Field(default=0, ge=0, description="of that draw")
 
     def build(self) -> Pairing:
         """The core's description of the same."""
@@ -113,6 +116,6 @@ class DataSettings(LatentSettings):
     """Which preferences, and how their pictures become latents."""
 
     path: Annotated[Path, Field(strict=False)] = Field(description="a preference store")
-    split: str = Field("train", description="of the store")
+    split: str = Field(default="train", description="of the store")
     pairing: PairingSettings = PairingSettings()
-    shuffle_labels: bool = Field(False, description="the control: labels by coin flip teach nothing")
+    shuffle_labels: bool = Field(default=False, description="the control: labels by coin flip teach nothing")

@@ -1,7 +1,7 @@
 """Trains a text-to-image UNet on preferences.
 
-    mmalign train diffusion/dpo_shapes optim.lr=1e-5
-    accelerate launch -m diffusion.train configs/diffusion/dpo_shapes.yaml optim.lr=1e-5
+mmalign train diffusion/dpo_shapes optim.lr=1e-5
+accelerate launch -m diffusion.train configs/diffusion/dpo_shapes.yaml optim.lr=1e-5
 """
 
 from __future__ import annotations
@@ -10,37 +10,39 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from diffusion import adapters, cache, models, weights
+from diffusion.cache import PairData
+from diffusion.candidates import make_store
+from diffusion.models import DiffusionModel
+from diffusion.parts import PairBatch, Parts
 from diffusion.recipe import TrainConfig
 from mmalign import config as configuration
+from mmalign import method as methods
+from mmalign.cli import Parser, run_entry
 from mmalign.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
-
-    from diffusion.cache import PairData
-    from diffusion.models import DiffusionModel
-    from diffusion.parts import PairBatch, Parts
-    from mmalign.loop import Loop
-    from mmalign.records import Preference
-    from mmalign.reference import Reference
+from mmalign.loop import Hooks, Loop, peak_memory_gb, trainable
+from mmalign.order import Order, share
+from mmalign.pairing import PairingSummary, make_pairs
+from mmalign.preferences import Store
+from mmalign.randomness import key_seed
+from mmalign.records import Preference
+from mmalign.reference import AdaptersOff, Cached, FrozenCopy, Reference
 
 
 def train(config: TrainConfig) -> int:
     """Run a recipe from the store to the last checkpoint. Returns the exit code."""
-    import torch
-
-    from diffusion import adapters, cache, models, weights
-    from diffusion.parts import Parts
-    from mmalign import method as methods
-    from mmalign.loop import Hooks, Loop
-
     module = methods.load("diffusion", config.method.name)
     options = configuration.parse_section(module.Options, config.method, "method")
     model = models.load_model(config.model, train_full=config.adapter is None)
     if config.loop.init_from:
         weights.start_from(model, Path(config.loop.init_from))
+    model.to(PartialState().device)
     ensure_store(config, model)
     pairs, pairing_note = read_pairs(config)
     # what is cached depends on frozen encoders alone, so it is made before anything is prepared for training
@@ -60,7 +62,6 @@ def train(config: TrainConfig) -> int:
         unet.enable_gradient_checkpointing()
     loop = Loop(unet, config.loop, config.optim)
     device = loop.accelerator.device
-    model.to(device)
     reference, save_cache = make_reference(config, loop, model, data, unet, original)
     parts = Parts(
         module=loop.module,
@@ -85,7 +86,7 @@ def train(config: TrainConfig) -> int:
         loop.tracker.images(step, "validation", images, list(drawn.prompts))
 
     hooks = Hooks(
-        save_model=lambda folder: weights.save_weights(unet, folder, state=loop.full_state()),
+        save_model=lambda folder, state: weights.save_weights(unet, folder, state=state),
         load_model=lambda folder: weights.load_weights(unet, folder),
         sample=sample if config.validation.prompts else None,
         saved=save_cache,
@@ -101,10 +102,6 @@ def train(config: TrainConfig) -> int:
 
 def ensure_store(config: TrainConfig, model: DiffusionModel) -> None:
     """Make the preference store from candidates when the recipe says how and it is not there yet."""
-    from accelerate import PartialState
-
-    from diffusion.candidates import make_store
-
     if config.data.path.exists() or config.candidates is None:
         return
     with PartialState().main_process_first():
@@ -117,43 +114,36 @@ def make_reference(
     loop: Loop,
     model: DiffusionModel,
     data: PairData,
-    unet: torch.nn.Module,
-    original: torch.nn.Module | None,
+    unet: nn.Module,
+    original: nn.Module | None,
 ) -> tuple[Reference, Any]:
     """The reference that fits what is trained, cached if asked for; and what saves that cache."""
-    import torch
-
-    from diffusion import adapters
-    from mmalign.config import digest
-    from mmalign.reference import AdaptersOff, Cached, FrozenCopy
-
     reference: Reference
     if original is None:
         reference = AdaptersOff(loop.module, lambda: adapters.adapters_disabled(unet))
     else:
-        copy = original.to(loop.accelerator.device, memory_format=torch.channels_last)
+        copy = original.to(loop.accelerator.device).to(memory_format=torch.channels_last)
         reference = FrozenCopy(copy, loop.accelerator.autocast)
     if config.reference.cache is None:
         return reference, None
     # what a reference error depends on: the base, the pairs and their draws, and what the method draws and compares
-    key = digest({
-        "base": model.identity,
-        "init_from": config.loop.init_from,
-        "pairs": data.key,
-        "seed": config.loop.seed,
-        "precision": config.loop.precision,
-        "prompt_dropout": config.data.prompt_dropout,
-        "method": config.method.model_dump(),
-    })
+    key = configuration.digest(
+        {
+            "base": model.identity,
+            "init_from": config.loop.init_from,
+            "pairs": data.key,
+            "seed": config.loop.seed,
+            "precision": config.loop.precision,
+            "prompt_dropout": config.data.prompt_dropout,
+            "method": config.method.model_dump(),
+        }
+    )
     cached = Cached(reference, config.reference.cache / key[:16], rank=loop.accelerator.process_index)
     return cached, cached.save
 
 
 def read_pairs(config: TrainConfig) -> tuple[list[Preference], str]:
     """The pairs that the recipe's data section describes, and a line about how they were made."""
-    from mmalign.pairing import PairingSummary, make_pairs
-    from mmalign.preferences import Store
-
     if not config.data.path.exists():
         raise UserError(
             "no preference store here",
@@ -164,8 +154,6 @@ def read_pairs(config: TrainConfig) -> tuple[list[Preference], str]:
     summary = PairingSummary()
     pairs = list(make_pairs(store.records(split=config.data.split), config.data.pairing.build(), summary))
     if config.data.shuffle_labels:
-        from mmalign.randomness import key_seed
-
         coin = [key_seed("shuffled label", config.loop.seed, pair.item_id) & 1 for pair in pairs]
         pairs = [pair.swap() if heads else pair for pair, heads in zip(pairs, coin, strict=True)]
     return pairs, str(summary)
@@ -173,8 +161,6 @@ def read_pairs(config: TrainConfig) -> tuple[list[Preference], str]:
 
 def batch_source(config: TrainConfig, loop: Loop, data: PairData) -> Any:
     """A function from an update's number to the batches of this process from there on."""
-    from mmalign.order import Order, share
-
     settings, accelerator = config.loop, loop.accelerator
     order = Order(list(data.buckets.values()), loop.pairs_per_update, settings.seed)
     cycle = config.reference.draws if config.reference.cache else None
@@ -192,9 +178,7 @@ def batch_source(config: TrainConfig, loop: Loop, data: PairData) -> Any:
                     batch_size=settings.batch_size,
                 )
                 visits = [pick.visit if cycle is None else pick.visit % cycle for pick in mine]
-                yield data.batch(
-                    [pick.item for pick in mine], visits, seed=settings.seed, device=accelerator.device
-                )
+                yield data.batch([pick.item for pick in mine], visits, seed=settings.seed, device=accelerator.device)
             update += 1
 
     return batches
@@ -202,13 +186,13 @@ def batch_source(config: TrainConfig, loop: Loop, data: PairData) -> Any:
 
 def announce(config: TrainConfig, loop: Loop, parts: Parts, data: PairData, notes: dict[str, str]) -> None:
     """The block that says what is effective, and the same as a file: config.yaml."""
-    from mmalign.loop import peak_memory_gb, trainable
-
     settings = config.loop
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     (settings.output_dir / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
     seconds = estimate_seconds(config, loop, parts, data)
-    schedule = config.optim.schedule + (f", {n} updates of warm-up" if (n := config.optim.warmup(settings.steps)) else "")
+    schedule = config.optim.schedule + (
+        f", {n} updates of warm-up" if (n := config.optim.warmup(settings.steps)) else ""
+    )
     block = {
         "method": config.method.name,
         **notes,
@@ -229,10 +213,10 @@ def announce(config: TrainConfig, loop: Loop, parts: Parts, data: PairData, note
 
 def estimate_seconds(config: TrainConfig, loop: Loop, parts: Parts, data: PairData) -> float:
     """Expected time of the updates: one forward measured, times 4 (reference, policy, and a backward of twice that)."""
-    import torch
-
     size = min(config.loop.batch_size, len(data))
-    batch = data.batch(list(next(iter(data.buckets.values())))[:size], [0] * size, seed=0, device=loop.accelerator.device)
+    batch = data.batch(
+        list(next(iter(data.buckets.values())))[:size], [0] * size, seed=0, device=loop.accelerator.device
+    )
     t = torch.zeros(len(batch.latents), dtype=torch.long, device=batch.latents.device)
     times = []
     with loop.undisturbed():
@@ -252,8 +236,6 @@ def duration(seconds: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m diffusion.train RECIPE [key=value ...]`."""
-    from mmalign.cli import Parser
-
     parser = Parser(prog="mmalign train", description=__doc__)
     parser.add_argument("recipe", help="a YAML file, or the short name of a shipped recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
@@ -262,6 +244,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from mmalign.cli import run_entry
-
     raise SystemExit(run_entry(main, sys.argv[1:]))

@@ -70,13 +70,7 @@ def read_weights(unet: Any, folder: Path) -> dict[str, Tensor]:
     adapted = bool(lora_layers(unet))
     file = folder / (PEFT if adapted else FULL)
     if not file.is_file():
-        other = (
-            "the whole UNet"
-            if (folder / FULL).is_file()
-            else "an adapter"
-            if (folder / PEFT).is_file()
-            else None
-        )
+        other = "the whole UNet" if (folder / FULL).is_file() else "an adapter" if (folder / PEFT).is_file() else None
         raise UserError(
             f"expected {'an adapter' if adapted else 'the whole UNet'}, found {other or 'no weights'}",
             place=str(folder),
@@ -92,9 +86,7 @@ def read_weights(unet: Any, folder: Path) -> dict[str, Tensor]:
             for name, t in tensors.items()
         }
     expected = {name: t for name, t in unet.state_dict().items() if ".lora_" in name or not adapted}
-    wrong = sorted(set(expected) ^ set(tensors)) or [
-        n for n, t in expected.items() if t.shape != tensors[n].shape
-    ]
+    wrong = sorted(set(expected) ^ set(tensors)) or [n for n, t in expected.items() if t.shape != tensors[n].shape]
     if wrong:
         raise UserError(
             f"the weights belong to another model: {len(wrong)} of {len(expected)} differ, first {wrong[0]}",
@@ -122,7 +114,7 @@ def open_weights(model: DiffusionModel, folder: Path) -> None:
 
 
 def start_from(model: DiffusionModel, folder: Path) -> None:
-    """Make saved weights the base of a new run: an adapter is merged in, so the reference starts there too."""
+    """Make saved weights the base of a new run: an adapter is merged in, the reference starts there too."""
     open_weights(model, folder)
     if lora_layers(model.unet):
         merge_lora(model.unet)

@@ -1,4 +1,4 @@
-"""Rebuilds the embedded CLIP scorer: `mmalign build clip`. A plain transformers CLIP, contrastive with hard negatives."""
+"""Rebuilds the embedded CLIP scorer, `mmalign build clip`: a plain transformers CLIP, hard negatives in every batch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from mmalign.shapes import render, scenes, words
 from mmalign.progress import progress
+from mmalign.shapes import render, scenes, words
 
 TOKENS = 16
 HARD = 3  # hard negatives per picture
@@ -102,7 +102,10 @@ def build_clip(out: Path, *, steps: int, batch: int, seed: int) -> None:
         schedule.step()
         model.logit_scale.data.clamp_(max=math.log(100))
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            print(json.dumps({"step": step + 1, "loss": round(loss.item(), 3), **accuracy(model, tokenizer)}), flush=True)
+            print(
+                json.dumps({"step": step + 1, "loss": round(loss.item(), 3), **accuracy(model, tokenizer)}),
+                flush=True,
+            )
     model.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
     CLIPImageProcessor(
@@ -128,4 +131,4 @@ def accuracy(model: Any, tokenizer: Any, count: int = 200) -> dict[str, float]:
             hits.setdefault(name, []).append(float(score[0] > value) + 0.5 * float(score[0] == value))
     model.train()
     by = {name: round(float(np.mean(values)), 3) for name, values in hits.items()}
-    return {"pairwise": round(float(np.mean(sum(hits.values(), []))), 4), **by}
+    return {"pairwise": round(float(np.mean([hit for values in hits.values() for hit in values])), 4), **by}

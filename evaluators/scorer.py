@@ -10,13 +10,14 @@ import importlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image
 
 from mmalign.errors import UserError, nearest
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """Scores pictures. `name` of its `main` number; `identity` as `id@version`, stored with every number."""
 

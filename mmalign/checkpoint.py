@@ -161,9 +161,7 @@ def _recover(directory: Path) -> None:
         if match is None or _is_alive(int(match[3])):
             continue
         if match[2] == "old" and not (directory / match[1]).exists():
-            with contextlib.suppress(
-                FileNotFoundError, PermissionError
-            ):  # another rank was faster; read-only
+            with contextlib.suppress(FileNotFoundError, PermissionError):  # another rank was faster; read-only
                 path.rename(directory / match[1])
         else:
             shutil.rmtree(path, ignore_errors=True)
@@ -200,9 +198,7 @@ def _intact(directory: Path) -> str:
 # Reading
 
 
-def load(
-    path: Path, *, expect_method: str | None = None, expect: Mapping[str, Any] | None = None
-) -> LoadedCheckpoint:
+def load(path: Path, *, expect_method: str | None = None, expect: Mapping[str, Any] | None = None) -> LoadedCheckpoint:
     """Verifies and reads a checkpoint.
 
     Args:
@@ -261,9 +257,7 @@ def choose(resume: str, directory: Path) -> Found:
     if resume != "auto":
         path = Path(resume)
         if not path.is_dir():
-            raise UserError(
-                "no such checkpoint", place=f"loop.resume={resume}", fix="Give auto, none or a folder."
-            )
+            raise UserError("no such checkpoint", place=f"loop.resume={resume}", fix="Give auto, none or a folder.")
         if _NAME.fullmatch(path.name) or (path / manifest.NAME).is_file():
             return Found(path=path)
         directory = path
@@ -272,9 +266,7 @@ def choose(resume: str, directory: Path) -> Found:
     found = latest(directory)
     if found.path is None and (found.warnings or resume != "auto"):
         why = "; ".join(found.warnings) or "there is none"
-        raise UserError(
-            f"no good checkpoint: {why}", place=str(directory), fix="Start afresh with loop.resume=none."
-        )
+        raise UserError(f"no good checkpoint: {why}", place=str(directory), fix="Start afresh with loop.resume=none.")
     return found
 
 
@@ -327,9 +319,7 @@ def _step(path: Path) -> int:
 def _way_out(path: Path) -> str:
     for other in _checkpoints(path.parent):
         if other.name != path.name and manifest.problem(other) is None:
-            return (
-                f"Resume from {other.name} with loop.resume={other}, or start afresh with loop.resume=none."
-            )
+            return f"Resume from {other.name} with loop.resume={other}, or start afresh with loop.resume=none."
     return "Start afresh with loop.resume=none."
 
 

@@ -32,6 +32,7 @@ VERBS = {
     "data": Verb("mmalign.data:main", "check, count, import and pair preference data"),
     "train": Verb("mmalign.launch:main", "train a recipe: RECIPE [--accelerate PRESET] [key=value ...]"),
     "sample": Verb("diffusion.sample:main", "draw images from a model, with or without a trained adapter"),
+    "accuracy": Verb("diffusion.accuracy:main", "how a tuned model ranks held-out pairs, with an interval"),
     "export": Verb("diffusion.export:main", "write weights in another tool's layout and prove that they act"),
     "build": Verb("diffusion.build:main", "rebuild the embedded models from their seeds"),
     "doctor": Verb("mmalign.doctor:main", "print versions, devices, extras and packages that are in the way"),
@@ -69,9 +70,7 @@ def _explain(missing: ModuleNotFoundError, module: str) -> UserError:
     name = missing.name or module
     top = name.partition(".")[0]
     if top not in doctor.PACKAGES:
-        return UserError(
-            f"the package '{top}' is not installed", place=f"needed by {module}", fix=_extra(top)
-        )
+        return UserError(f"the package '{top}' is not installed", place=f"needed by {module}", fix=_extra(top))
     hidden = doctor.shadows().get(top)
     if hidden:
         return UserError(f"'{top}' is not ours here: {hidden}", fix="Run 'mmalign doctor'.")

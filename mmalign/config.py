@@ -68,22 +68,14 @@ class NamedSection(BaseModel):
 class OptimSettings(Settings):
     """The optimizer and its schedule."""
 
-    name: Literal["adamw", "adamw8bit", "adafactor"] = Field(
-        "adamw", description="adamw8bit needs bitsandbytes"
-    )
-    lr: float = Field(
-        gt=0, description="peak learning rate, per optimizer update; never scaled behind your back"
-    )
+    name: Literal["adamw", "adamw8bit", "adafactor"] = Field("adamw", description="adamw8bit needs bitsandbytes")
+    lr: float = Field(gt=0, description="peak learning rate, per optimizer update; never scaled behind your back")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.999), description="decay of Adam's first and second moment, per update; Adafactor has its own"
     )
     eps: float = Field(1e-8, gt=0, description="Adam's denominator offset")
-    weight_decay: float = Field(
-        0.0, ge=0, description="decoupled: weights shrink by lr * weight_decay per update"
-    )
-    max_grad_norm: float | None = Field(
-        1.0, gt=0, description="global L2 norm gradients are clipped to; null: never"
-    )
+    weight_decay: float = Field(0.0, ge=0, description="decoupled: weights shrink by lr * weight_decay per update")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="global L2 norm gradients are clipped to; null: never")
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = Field(
         "constant", description="linear and cosine fall to 0 at the last step and may warm up first"
     )
@@ -102,9 +94,7 @@ class OptimSettings(Settings):
             raise ValueError("warmup_steps and warmup_fraction are both set; keep one")
         warms_up = bool(self.warmup_steps or self.warmup_fraction)
         if warms_up and self.schedule == "constant":
-            raise ValueError(
-                "schedule 'constant' has no warm-up; say constant_with_warmup, or drop the warm-up"
-            )
+            raise ValueError("schedule 'constant' has no warm-up; say constant_with_warmup, or drop the warm-up")
         if not warms_up and self.schedule == "constant_with_warmup":
             raise ValueError("schedule 'constant_with_warmup' needs warmup_steps or warmup_fraction above 0")
         return self
@@ -123,9 +113,7 @@ class LoopSettings(Settings):
         1, gt=0, description="forwards per update; pairs per update = batch_size * accumulation * devices"
     )
     seed: int = Field(0, ge=0, lt=2**32, description="seed of every draw; 0 is a seed like any other")
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="of the forwards; losses are fp32 always"
-    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the forwards; losses are fp32 always")
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward: less memory, slower"
     )
@@ -138,9 +126,7 @@ class LoopSettings(Settings):
     )
     sample_every: int = Field(0, ge=0, description="updates between validation samples; 0: none")
     log_every: int = Field(1, gt=0, description="updates between logged lines")
-    resume: str = Field(
-        "auto", min_length=1, description="auto: go on from output_dir's newest; none; or a path"
-    )
+    resume: str = Field("auto", min_length=1, description="auto: go on from output_dir's newest; none; or a path")
     init_from: str | None = Field(
         None, min_length=1, description="a checkpoint whose weights a new run starts from, at step 0"
     )
@@ -184,9 +170,7 @@ def _apply(data: dict[str, Any], override: str, places: dict[str, str]) -> None:
         below = section.setdefault(part, {})
         if not isinstance(below, dict):
             above = ".".join(parts[:depth])
-            raise UserError(
-                f"'{above}' is a value, not a section", place=source, fix=f"Set {above}=... itself."
-            )
+            raise UserError(f"'{above}' is a value, not a section", place=source, fix=f"Set {above}=... itself.")
         section = below
     section[parts[-1]] = value
     for below_key in [place for place in places if place.startswith((f"{key}.", f"{key}["))]:
@@ -275,9 +259,7 @@ def find(name: str | Path) -> Path:
     short = path.as_posix().removesuffix(".yaml").removeprefix("configs/")
     if short in known:
         return known[short]
-    raise UserError(
-        f"no recipe '{name}'", fix=suggest(short, known, "/") if known else "Give the path of a YAML file."
-    )
+    raise UserError(f"no recipe '{name}'", fix=suggest(short, known, "/") if known else "Give the path of a YAML file.")
 
 
 def dump(settings: BaseModel) -> str:

@@ -45,9 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     source = Parser(add_help=False)
-    source.add_argument(
-        "--format", default="auto", choices=["auto", *IMPORTERS], help="default: look and see"
-    )
+    source.add_argument("--format", default="auto", choices=["auto", *IMPORTERS], help="default: look and see")
     source.add_argument("--root", help="folder that image paths are relative to (default: the source's)")
     source.add_argument("--prompt", help="prompt for pictures that come without one")
     source.add_argument("--group-regex", help="first group of a match in the record id names the group")

@@ -54,9 +54,7 @@ def shadows() -> dict[str, str]:
         elif spec is None:
             found[package] = f"'{package}' is missing beside '{HOME / 'mmalign'}'"
         elif HOME / package not in [Path(place).resolve() for place in spec.submodule_search_locations or ()]:
-            found[package] = (
-                f"'{package}' is taken from '{spec.origin}', which stands before ours on the path"
-            )
+            found[package] = f"'{package}' is taken from '{spec.origin}', which stands before ours on the path"
     return found
 
 
@@ -74,9 +72,7 @@ def extra_state(module: str, extra: str) -> str:
         return f"not installed (pip install -e '.[{extra}]')" if extra else "not installed"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # a report on whether it loads; what it warns of shows when it is used
+            warnings.simplefilter("ignore")  # a report on whether it loads; what it warns of shows when it is used
             importlib.import_module(module)
     except Exception as error:  # a foreign package's import may raise anything; that is the answer
         return f"{version(module)}, does not load: {type(error).__name__}: {str(error).splitlines()[0][:120]}"

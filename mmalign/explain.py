@@ -185,9 +185,7 @@ def suggest(key: str, valid: Iterable[str], separator: str = ".") -> str:
         return f"Did you mean '{_ELSEWHERE[key]}'?"
     section, _, leaf = key.rpartition(separator)
     siblings = [name for name in known if name.rpartition(separator)[0] == section]
-    close = difflib.get_close_matches(
-        leaf, [name.rpartition(separator)[2] for name in siblings], n=1, cutoff=0.8
-    )
+    close = difflib.get_close_matches(leaf, [name.rpartition(separator)[2] for name in siblings], n=1, cutoff=0.8)
     if close:
         return f"Did you mean '{section + separator if section else ''}{close[0]}'?"
     elsewhere = {name.rpartition(separator)[2]: name for name in reversed(known)}

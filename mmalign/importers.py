@@ -557,9 +557,7 @@ def _pairs_folder(path: Path, options: ImportOptions) -> Scan:
             continue
         match = _SIDE.fullmatch(Path(name).stem)
         if match is None:
-            yield Problem(
-                row=name, field="name", expected="a name that ends in _w or _l", got=Path(name).name
-            )
+            yield Problem(row=name, field="name", expected="a name that ends in _w or _l", got=Path(name).name)
             continue
         key = (Path(name).parent / match["name"]).as_posix()
         pairs.setdefault(key, {}).setdefault(match["side"], []).append(name)

@@ -68,13 +68,9 @@ def _replace(words: list[str]) -> NoReturn:
 
 def main(argv: list[str]) -> int | None:
     """Start the trainer that the recipe names, here or through accelerate."""
-    parser = Parser(
-        prog="mmalign train", description="Train a recipe.", epilog="key=value changes a setting."
-    )
+    parser = Parser(prog="mmalign train", description="Train a recipe.", epilog="key=value changes a setting.")
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of one that ships")
-    parser.add_argument(
-        "--accelerate", metavar="PRESET", help="one_gpu, ddp, fsdp2, zero2, zero3, or your file"
-    )
+    parser.add_argument("--accelerate", metavar="PRESET", help="one_gpu, ddp, fsdp2, zero2, zero3, or your file")
     parser.add_argument("--dry-run", action="store_true", help="print the command and stop")
     arguments, overrides = parser.parse_known_args(argv)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import re
 import signal
 import statistics
 import time
@@ -27,16 +29,17 @@ from mmalign.config import LoopSettings, OptimSettings
 from mmalign.errors import UserError
 from mmalign.method import Method
 from mmalign.optimizers import Average, make_optimizer, rate
-from mmalign.randomness import key_seed
 from mmalign.progress import Progress
+from mmalign.randomness import key_seed
 from mmalign.tracking import Tracker
 
 MAX_BAD_UPDATES = 10  # in a row, before the run is given up
 SPIKE_HISTORY = 100  # gradient norms that say what is normal
 SHOWN = {"loss": "loss", "accuracy": "rewards/accuracies"}  # beside the progress bar
 ZERO_MARGIN = 1e-3  # largest margin that counts as zero at the start
+GPU_ENTRY = re.compile(r"(?:\d+|-1|NoDevFiles|(?:GPU|MIG)-[\w/-]+)?")  # of CUDA_VISIBLE_DEVICES
 
-Save = Callable[[Path], None]
+Weights = dict[str, Tensor] | None  # gathered from all processes; None where each has them whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,19 +47,23 @@ class Hooks:
     """What the entry module knows and the loop does not.
 
     Attributes:
-        save_model: writes the trained weights into a folder, in the layout of their library. Called by every process,
-            since gathering sharded weights takes all of them; only the one told `writes` writes.
+        save_model: writes the trained weights into a folder, in the layout of their library: the given ones where
+            they were sharded, else the module's own. Called by the first process only.
         load_model: reads them back, bit for bit.
+        started: called once nothing can refuse the run any more, before the first update.
         sample: validation samples at an update; may be None.
-        saved: called after each checkpoint and at the end (caches persist themselves here).
+        saved: called after each checkpoint, by every process (caches persist themselves here).
         summary: what identifies the run in a checkpoint's manifest: a checkpoint that differs is refused.
+        config: the effective configuration, for trackers that show it.
     """
 
-    save_model: Save
-    load_model: Save
+    save_model: Callable[[Path, Weights], None]
+    load_model: Callable[[Path], None]
+    started: Callable[[], None] | None = None
     sample: Callable[[int], None] | None = None
     saved: Callable[[], None] | None = None
     summary: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Loop:
@@ -87,7 +94,7 @@ class Loop:
     @property
     def pairs_per_update(self) -> int:
         settings = self.settings
-        return settings.batch_size * settings.accumulation * self.accelerator.num_processes
+        return settings.batch_size * settings.accumulation * int(self.accelerator.num_processes)
 
     def run(self, method: Method, name: str, source: Callable[[int], Iterator[Any]], hooks: Hooks) -> int:
         """Train to the last update.
@@ -102,9 +109,14 @@ class Loop:
             0, or 143 when a SIGTERM ended the run early (a checkpoint is written first).
         """
         settings = self.settings
-        start = self._resume(method, name, hooks)
+        resumed = self._resume(method, name, hooks)
+        start = resumed or 0
         main = self.accelerator.is_main_process
-        self.tracker = Tracker(settings.output_dir, settings.trackers, resume_step=start or None, enabled=main)
+        self.tracker = Tracker(
+            settings.output_dir, settings.trackers, resume_step=resumed, config=hooks.config, enabled=main
+        )
+        if hooks.started:
+            hooks.started()
         bar = Progress(settings.steps, f"train {name}", unit="update", initial=start, enabled=main)
         with self._signals(), contextlib.closing(self.tracker), bar:
             batches = method.batches(source(start))
@@ -121,7 +133,7 @@ class Loop:
                     clock, since = time.perf_counter(), done
                     self.tracker.log(done, line)
                     shown = {key: line[name] for key, name in SHOWN.items() if name in line}
-                bar.update(**shown)
+                bar.update(1, **shown)
                 if settings.sample_every and done % settings.sample_every == 0 and hooks.sample:
                     with self.undisturbed():
                         hooks.sample(done)
@@ -132,6 +144,8 @@ class Loop:
                     self._save(method, name, done, hooks)
                 if stopping:
                     break
+        if self._skipped:
+            self.accelerator.print(f"mmalign: warning: {self._skipped} updates were left out; see updates/skipped")
         if self._stop is not None:
             self.accelerator.print("stopped by a signal; the same command goes on from the checkpoint just written")
             return 128 + self._stop
@@ -163,7 +177,7 @@ class Loop:
                 sums["loss"] = sums.get("loss", torch.zeros((), device=loss.device)) + loss.detach().float()
             count += 1
         means = {key: value / count for key, value in sums.items()}
-        if step == 0 and not self.settings.init_from:
+        if step == 0:
             check_zero_margin(means)
         return self._step(means, step)
 
@@ -178,6 +192,8 @@ class Loop:
             self.optimizer.step()
             if self.average:
                 self.average.update(self.parameters, step)
+        elif accelerator.scaler is not None:
+            accelerator.scaler.update()  # it unscaled these gradients and must hear that they are done with
         self.optimizer.zero_grad(set_to_none=True)
         here = means["loss"].device
         return {
@@ -202,7 +218,7 @@ class Loop:
             self._norms = [*self._norms, norm][-SPIKE_HISTORY:]
         self._bad = 0 if finite else self._bad + 1
         self._skipped += (not finite) or spike
-        if self._bad >= MAX_BAD_UPDATES:
+        if self._bad >= min(MAX_BAD_UPDATES, self.settings.steps):
             raise UserError(
                 f"loss or gradient was not finite for {self._bad} updates in a row (last loss {loss.item():g})",
                 place=f"update {step + 1}",
@@ -234,8 +250,6 @@ class Loop:
     # ------------------------------------------------------------------------------------ saving and resuming
 
     def _save(self, method: Method, name: str, step: int, hooks: Hooks) -> None:
-        if hooks.saved:
-            hooks.saved()
         state = {
             "optimizer": self._optimizer_state(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
@@ -243,9 +257,12 @@ class Loop:
             "guard": {"norms": self._norms, "bad": self._bad, "skipped": self._skipped},
             "method": method.state_dict(),
         }
-        writers = {"model": hooks.save_model}
+        gathered = self.full_state()  # takes all processes, writing only the first
+        writers = {"model": lambda folder: hooks.save_model(folder, gathered)}
         if self.average:
-            writers["model_ema"] = self._averaged(hooks.save_model)
+            with self.average.swapped_in(self.parameters):
+                averaged = self.full_state()
+            writers["model_ema"] = lambda folder: self._save_averaged(hooks, folder, averaged)
         if self.accelerator.is_main_process:
             checkpoint.save(
                 self.settings.output_dir,
@@ -256,20 +273,26 @@ class Loop:
                 summary=hooks.summary,
                 writers=writers,
             )
-        elif self._sharded:  # the others take part in gathering the shards
-            for write in writers.values():
-                write(self.settings.output_dir)
         self.accelerator.wait_for_everyone()
+        if hooks.saved:
+            hooks.saved()
 
-    def _resume(self, method: Method, name: str, hooks: Hooks) -> int:
-        """The update to start at, with everything restored."""
+    def _save_averaged(self, hooks: Hooks, folder: Path, gathered: Weights) -> None:
+        if gathered is not None or self.average is None:
+            hooks.save_model(folder, gathered)
+            return
+        with self.average.swapped_in(self.parameters):
+            hooks.save_model(folder, None)
+
+    def _resume(self, method: Method, name: str, hooks: Hooks) -> int | None:
+        """The update to start at, with everything restored; None for a run that begins."""
         settings = self.settings
         found = checkpoint.choose(settings.resume, settings.output_dir)
         for warning in found.warnings:
             self.accelerator.print(f"mmalign: warning: {warning}")
         if found.path is None:
             self._set_aside(after=-1)
-            return 0
+            return None
         loaded = checkpoint.load(found.path, expect_method=name, expect=hooks.summary)
         if loaded.step > settings.steps:
             raise UserError(
@@ -298,7 +321,7 @@ class Loop:
                 print(f"mmalign: set aside {path.name}", flush=True)
         self.accelerator.wait_for_everyone()
 
-    def full_state(self) -> dict[str, Tensor] | None:
+    def full_state(self) -> Weights:
         """The module's weights put together from all processes; None where every process has them whole."""
         return dict(self.accelerator.get_state_dict(self.module)) if self._sharded else None
 
@@ -322,14 +345,6 @@ class Loop:
 
         options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
         sharded.set_optimizer_state_dict(self.module, self.optimizer.optimizer, state, options=options)
-
-    def _averaged(self, save: Save) -> Save:
-        def write(folder: Path) -> None:
-            assert self.average is not None
-            with self.average.swapped_in(self.parameters):
-                save(folder)
-
-        return write
 
     # --------------------------------------------------------------------------------------------- signals
 
@@ -361,15 +376,31 @@ class Loop:
         return bool(signal_number)
 
 
+def check_machine(settings: LoopSettings) -> None:
+    """Refuse what this machine cannot do, before time is spent on anything else.
+
+    Raises:
+        UserError: fp16 without a GPU, or a list of GPUs that CUDA cannot read and would take for none.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    for entry in visible.split(","):
+        if not GPU_ENTRY.fullmatch(entry.strip()):
+            raise UserError(
+                f"CUDA_VISIBLE_DEVICES={visible} is no list of GPUs",
+                place=f"'{entry}' in the environment",
+                fix="Give numbers such as 0,1 or ids such as GPU-..., or unset it.",
+            )
+    if settings.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("fp16 training needs a GPU", place="loop.precision", fix="Use fp32 or bf16 on this machine.")
+
+
 def make_accelerator(settings: LoopSettings) -> Accelerator:
-    """Accelerate set up from the recipe; a precision that this machine lacks is the user's error."""
-    precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[settings.precision]
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise UserError(
-            "fp16 training needs a GPU", place="loop.precision", fix="Use fp32 or bf16 on this machine."
-        )
+    """Accelerate set up from the recipe; see `check_machine`."""
+    check_machine(settings)
     return Accelerator(
-        mixed_precision=precision, gradient_accumulation_steps=settings.accumulation, step_scheduler_with_optimizer=False
+        mixed_precision={"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[settings.precision],
+        gradient_accumulation_steps=settings.accumulation,
+        step_scheduler_with_optimizer=False,
     )
 
 

@@ -273,9 +273,7 @@ def accuracy(margin: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
     return torch.heaviside(margin.detach(), torch.tensor(0.5, dtype=margin.dtype, device=margin.device))
 
 
-def weighted_mean(
-    loss: Float[Tensor, " items"], weights: Float[Tensor, " items"] | None = None
-) -> Float[Tensor, ""]:
+def weighted_mean(loss: Float[Tensor, " items"], weights: Float[Tensor, " items"] | None = None) -> Float[Tensor, ""]:
     """sum(w loss) / sum(w), the plain mean without weights. 0, with gradient 0, where every weight is 0.
 
     Args:
@@ -352,17 +350,13 @@ def _part(name: str, given: object, place: str) -> PairLoss | None:
     settings: dict[str, float] = {}
     for key, value in (given if isinstance(given, Mapping) else {"weight": given}).items():
         if key != "weight" and key not in options:
-            raise UserError(
-                f"Unknown setting '{key}'", place=place, fix=nearest(str(key), [*options, "weight"])
-            )
+            raise UserError(f"Unknown setting '{key}'", place=place, fix=nearest(str(key), [*options, "weight"]))
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise UserError(f"{key} is {value!r}", place=place, fix="Give a finite number.")
         settings[key] = float(value)
     for key, option in options.items():
         if option.default is option.empty and key not in settings:
-            raise UserError(
-                f"{key} is missing", place=place, fix=f"Write {name}: {{weight: 1.0, {key}: ...}}."
-            )
+            raise UserError(f"{key} is missing", place=place, fix=f"Write {name}: {{weight: 1.0, {key}: ...}}.")
     weight = settings.pop("weight", 1.0)
     if weight < 0:
         raise UserError(f"weight is {weight:g}", place=place, fix="Give 0 or more.")

@@ -57,9 +57,7 @@ def seal(folder: Path, *, step: int, method: str, summary: Mapping[str, Any]) ->
         files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         flush(path)
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    manifest = asdict(
-        Manifest(step=step, method=method, created=created, summary=as_json(summary), files=files)
-    )
+    manifest = asdict(Manifest(step=step, method=method, created=created, summary=as_json(summary), files=files))
     manifest["sha256"] = _digest(manifest)
     (folder / NAME).write_text(json.dumps(manifest, indent=1), encoding="ascii")
     flush(folder / NAME)

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
@@ -16,12 +16,17 @@ Metrics: TypeAlias = Mapping[str, Tensor]
 """Named 0-d tensors, detached, left on their device: nothing is copied to the host until a line is logged."""
 
 
+@runtime_checkable
 class Method(Protocol):
     """An alignment method. It makes losses; the loop alone backpropagates, clips, steps, logs and saves.
 
     A method's file defines `Options`, a `mmalign.config.Settings`, and `build(options, **parts) -> Method`, where
     `parts` is what its package's trainer offers (policy, reference, noise schedule, ...).
     """
+
+    def describe(self) -> dict[str, str]:
+        """Lines for the block printed at the start: what the options come to."""
+        ...
 
     def batches(self, source: Iterable[Any]) -> Iterator[Any]:
         """The batches to train on. Offline methods pass the source through; online ones roll out, score and replay."""
@@ -46,6 +51,9 @@ class Method(Protocol):
 
 class OneLoss:
     """The part of the protocol that is the same for every offline method with one loss and no state of its own."""
+
+    def describe(self) -> dict[str, str]:
+        return {}
 
     def batches(self, source: Iterable[Any]) -> Iterator[Any]:
         return iter(source)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mmalign.config import OptimSettings
 from mmalign.errors import UserError
@@ -30,7 +31,9 @@ def make_optimizer(parameters: Sequence[nn.Parameter], settings: OptimSettings) 
         import bitsandbytes
     except ImportError as error:
         raise UserError(
-            "8-bit AdamW needs bitsandbytes", place="optim.name", fix="pip install 'mmalign[bitsandbytes]', or use adamw."
+            "8-bit AdamW needs bitsandbytes",
+            place="optim.name",
+            fix="pip install 'mmalign[bitsandbytes]', or use adamw.",
         ) from error
     optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(parameters, **adamw)
     return optimizer
@@ -84,13 +87,11 @@ class Average:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         with torch.no_grad():
             for mine, value in zip(self._values, state["values"], strict=True):
-                if hasattr(mine, "full_tensor"):
-                    from torch.distributed.tensor import distribute_tensor
-
+                if isinstance(mine, DTensor):
                     value = distribute_tensor(value.to(mine.device), mine.device_mesh, mine.placements)
                 mine.copy_(value)
 
 
 def full(value: Tensor) -> Tensor:
     """A sharded tensor put together; any other as it is."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+    return value.full_tensor() if isinstance(value, DTensor) else value

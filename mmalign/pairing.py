@@ -58,9 +58,7 @@ class Pairing:
         if not (math.isfinite(self.min_gap) and self.min_gap >= 0):
             raise UserError(f"min_gap is {self.min_gap}", place="pairing.min_gap", fix="Use 0 or more")
         if self.max_gap is not None and not self.max_gap >= self.min_gap:
-            raise UserError(
-                f"max_gap {self.max_gap} is below min_gap {self.min_gap}", place="pairing.max_gap"
-            )
+            raise UserError(f"max_gap {self.max_gap} is below min_gap {self.min_gap}", place="pairing.max_gap")
         if self.max_pairs_per_prompt is not None and self.max_pairs_per_prompt < 1:
             raise UserError(
                 f"max_pairs_per_prompt is {self.max_pairs_per_prompt}",
@@ -180,9 +178,7 @@ def make_pairs(
     _refuse_useless(pairing, summary, ranges)
 
 
-def _refuse_useless(
-    pairing: Pairing, summary: PairingSummary, ranges: Mapping[str, tuple[float, float, int]]
-) -> None:
+def _refuse_useless(pairing: Pairing, summary: PairingSummary, ranges: Mapping[str, tuple[float, float, int]]) -> None:
     if not summary.records:
         raise UserError("there are no records to pair", fix="Check the data path and the split")
     for name, (low, high, count) in ranges.items():
@@ -201,18 +197,14 @@ def _refuse_useless(
         raise UserError(f"pairing gave no pairs ({summary})", fix=fix or "Add votes or scores to the records")
 
 
-def _compare(
-    record: Record, pairing: Pairing, ranges: dict[str, tuple[float, float, int]]
-) -> list[Comparison]:
+def _compare(record: Record, pairing: Pairing, ranges: dict[str, tuple[float, float, int]]) -> list[Comparison]:
     strategy = pairing.strategy
     if strategy == "auto":
         strategy = "votes" if record.votes and pairing.score is None else "best_worst"
     if strategy == "votes":
         return compare_votes(record)
     name = pairing.score if pairing.score is not None else _only_score(record)
-    scored = [
-        (candidate, candidate.scores[name]) for candidate in record.candidates if name in candidate.scores
-    ]
+    scored = [(candidate, candidate.scores[name]) for candidate in record.candidates if name in candidate.scores]
     for candidate, value in scored:
         if not math.isfinite(value):
             raise UserError(
@@ -246,9 +238,7 @@ def _only_score(record: Record) -> str:
             fix="Say which one to pair by, `score=NAME`",
         )
     if not names and record.votes:
-        raise UserError(
-            "the record has votes but no scores", place=record.where, fix="Pair with the strategy 'votes'"
-        )
+        raise UserError("the record has votes but no scores", place=record.where, fix="Pair with the strategy 'votes'")
     return names[0] if names else ""
 
 
@@ -430,9 +420,7 @@ def _line(value: dict[str, Any]) -> _Line:
     if sure is not None and not 0.5 <= sure <= 1:
         raise ValueError(f"confidence is {sure}")
     weights = dict(value.get("weights") or {})
-    return _Line(
-        **{**value, "weights": {str(name): [float(x) for x in row] for name, row in weights.items()}}
-    )
+    return _Line(**{**value, "weights": {str(name): [float(x) for x in row] for name, row in weights.items()}})
 
 
 def _lines(path: Path) -> Iterator[tuple[str, _Line]]:

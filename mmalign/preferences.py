@@ -188,9 +188,7 @@ class Store:
             UserError: no such split, or a shard is damaged.
         """
         if split is not None and split not in self.splits:
-            raise UserError(
-                f"the store has no split '{split}'", place=str(self.path), fix=nearest(split, self.splits)
-            )
+            raise UserError(f"the store has no split '{split}'", place=str(self.path), fix=nearest(split, self.splits))
         return self._stream(split)
 
     def _stream(self, split: str | None) -> Iterator[Record]:
@@ -231,9 +229,7 @@ class Store:
         """
         path = Path(path)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(
-                "something is here already", place=str(path), fix="Choose another name or delete it first"
-            )
+            raise UserError("something is here already", place=str(path), fix="Choose another name or delete it first")
         partial = path.parent / f".{path.name}.partial"
         try:
             shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
@@ -251,9 +247,7 @@ class Store:
             shutil.rmtree(partial, ignore_errors=True)
         return Store.open(path)
 
-    def rewrite(
-        self, transform: Callable[[Record], Record], *, scorers: Mapping[str, str] | None = None
-    ) -> Store:
+    def rewrite(self, transform: Callable[[Record], Record], *, scorers: Mapping[str, str] | None = None) -> Store:
         """Replace every record by `transform(record)`: add scores or votes, correct a split, ...
 
         Written beside the old shards and committed by replacing store.json. Costs one copy of the images.
@@ -440,9 +434,7 @@ class _Writer:
                 write_statistics=["record_id", "split"],  # statistics of image bytes would be image bytes
                 write_page_checksum=True,
             )
-        self.file.write_table(
-            pa.Table.from_pylist(self.rows, schema=_schema()), row_group_size=len(self.rows)
-        )
+        self.file.write_table(pa.Table.from_pylist(self.rows, schema=_schema()), row_group_size=len(self.rows))
         self.file_rows += len(self.rows)
         self.file_bytes += self.row_bytes
         self.rows, self.row_bytes = [], 0
@@ -526,9 +518,7 @@ def _record(row: dict[str, Any], shard: str, number: int, group: int, offset: in
             place=place,
         )
     except (IndexError, TypeError, ValueError) as error:
-        raise UserError(
-            f"the row is not a record: {error}", place=place, fix="Import the source again"
-        ) from error
+        raise UserError(f"the row is not a record: {error}", place=place, fix="Import the source again") from error
 
 
 def _check_shard(folder: Path, name: str, size: int) -> None:

@@ -56,9 +56,7 @@ class Progress:
     def update(self, count: int = 1, **shown: float | int | str) -> None:
         """Counts `count` more as done, and shows values beside: `update(loss=0.69)`."""
         self.done += count
-        self._shown |= {
-            name: value if isinstance(value, str) else f"{value:.4g}" for name, value in shown.items()
-        }
+        self._shown |= {name: value if isinstance(value, str) else f"{value:.4g}" for name, value in shown.items()}
         if self._bar is not None:
             self._bar.set_postfix(self._shown, refresh=False)
             self._bar.update(count)
@@ -100,9 +98,7 @@ class Progress:
         self.close()
 
 
-def progress(
-    items: Iterable[T], description: str, *, total: int | None = None, **options: Any
-) -> Iterator[T]:
+def progress(items: Iterable[T], description: str, *, total: int | None = None, **options: Any) -> Iterator[T]:
     """The items, with their progress shown: `for batch in progress(batches, "encode", unit="batch")`.
 
     Args:

@@ -16,7 +16,9 @@ from torch import Tensor
 
 def key_seed(*key: int | str) -> int:
     """A 63-bit seed from a key: the same on every machine, unrelated for any two different keys."""
-    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key)
+    # doubled inside a part: a separator is then the last of an odd number, whatever the parts are
+    parts = (str(part).replace("\x1f", "\x1f\x1f") for part in key)
+    text = "\x1f".join(f"{type(part).__name__}:{shown}" for part, shown in zip(key, parts, strict=True))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 

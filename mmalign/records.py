@@ -272,9 +272,7 @@ def check_record(record: Record, *, decode: bool = False) -> Iterator[Problem]:
             try:
                 media.open()
             except UserError as error:
-                yield Problem(
-                    row=record.where, field=name, expected="an image that opens", got=f"'{error.cause}'"
-                )
+                yield Problem(row=record.where, field=name, expected="an image that opens", got=f"'{error.cause}'")
 
 
 def is_number(value: object) -> bool:

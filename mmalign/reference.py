@@ -6,21 +6,26 @@ log-probability per token. `score(keys, compute)` returns the reference's rows; 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from mmalign.errors import UserError
 
 Compute = Callable[[nn.Module], Tensor]
 
 
+@runtime_checkable
 class Reference(Protocol):
     """A source of reference scores."""
 
@@ -75,16 +80,16 @@ class Cached:
     Args:
         inner: computes what is not here yet.
         folder: holds one file per process; its name must identify base weights, data and draws.
+        device: where scores are kept and returned.
         rank: of this process: each writes a file of its own and reads everybody's.
     """
 
-    def __init__(self, inner: Reference, folder: Path, *, rank: int = 0) -> None:
+    def __init__(self, inner: Reference, folder: Path, *, device: torch.device | str = "cpu", rank: int = 0) -> None:
         self._inner, self._folder, self._rank = inner, folder, rank
         self._rows: dict[str, Tensor] = {}
-        self._saved = 0
         self.hits, self.misses = 0, 0
         for file in sorted(folder.glob("scores-*.safetensors")):
-            self._rows.update(_read(file))
+            self._rows.update(_read(file, torch.device(device)))
         self._saved = len(self._rows)
 
     def __len__(self) -> int:
@@ -100,28 +105,39 @@ class Cached:
         return rows
 
     def save(self) -> None:
-        """Write what is new, aside and renamed. The trainer calls it with every checkpoint and at the end."""
+        """Write what is new, aside and renamed. The trainer calls it with every checkpoint.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         if len(self._rows) == self._saved:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
         keys = sorted(self._rows)
         final = self._folder / f"scores-{self._rank:04d}.safetensors"
         aside = final.with_suffix(f".tmp-{os.getpid()}")
         table = torch.stack([self._rows[key].cpu() for key in keys])
-        save_file({"scores": table}, aside, metadata={"keys": json.dumps(keys)})
-        aside.replace(final)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            save_file({"scores": table}, aside, metadata={"keys": json.dumps(keys)})
+            aside.replace(final)
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
+            raise UserError(
+                f"cannot keep the reference scores: {error}",
+                place=str(self._folder),
+                fix="Free some space or train without reference.cache; the run's checkpoint is written.",
+            ) from error
         self._saved = len(self._rows)
 
 
-def _read(file: Path) -> dict[str, Tensor]:
-    """The rows of one cache file; none when it is damaged, since a cache can be computed again."""
-    from safetensors import safe_open
-
+def _read(file: Path, device: torch.device) -> dict[str, Tensor]:
+    """The rows of one cache file; none when it is damaged, since they can be computed again."""
     try:
         with safe_open(file, framework="pt") as opened:
             keys = json.loads(opened.metadata()["keys"])
-        table = load_file(file)["scores"]
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-        file.unlink(missing_ok=True)
+            table = opened.get_tensor("scores").to(device)
+        return dict(zip(keys, table, strict=True))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        print(f"mmalign: warning: {file} is damaged and is made again: {error}", file=sys.stderr)
         return {}
-    return dict(zip(keys, table, strict=True))

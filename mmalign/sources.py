@@ -52,9 +52,7 @@ def rows_of(file: Path) -> Iterator[Any]:
                 yield from batch.to_pylist()
         return
     if file.suffix not in (".json", ".jsonl"):
-        raise UserError(
-            f"cannot read a '{file.suffix}' file", place=str(file), fix="Known: .parquet, .json, .jsonl"
-        )
+        raise UserError(f"cannot read a '{file.suffix}' file", place=str(file), fix="Known: .parquet, .json, .jsonl")
     if file.suffix == ".jsonl":
         with open(file, "rb") as lines:
             for number, line in enumerate(lines, start=1):

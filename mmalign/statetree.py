@@ -88,13 +88,9 @@ def encode(tree: Any) -> tuple[Any, dict[str, Tensor]]:
             ]
             return {"$": "dict", "items": pairs}
         if isinstance(value, (list, tuple)):
-            items = [
-                visit(item, f"{path}/{index}" if path else str(index)) for index, item in enumerate(value)
-            ]
+            items = [visit(item, f"{path}/{index}" if path else str(index)) for index, item in enumerate(value)]
             return items if isinstance(value, list) else {"$": "tuple", "items": items}
-        raise TypeError(
-            f"{path or 'the state'}: cannot store a {type(value).__module__}.{type(value).__qualname__}"
-        )
+        raise TypeError(f"{path or 'the state'}: cannot store a {type(value).__module__}.{type(value).__qualname__}")
 
     return visit(tree, ""), tensors
 

@@ -148,9 +148,7 @@ def permutation_test(
 # ----------------------------------------------------------------------------------------------- power
 
 
-def minimum_detectable_difference(
-    deviation: float, n: int, *, power: float = 0.8, alpha: float = 0.05
-) -> float:
+def minimum_detectable_difference(deviation: float, n: int, *, power: float = 0.8, alpha: float = 0.05) -> float:
     """The mean paired difference that a two-sided test at level alpha finds with probability `power`.
 
         (z_{1 - alpha / 2} + z_power) deviation / sqrt(n)

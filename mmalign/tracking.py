@@ -67,9 +67,7 @@ class Tracker:
         self._enabled = enabled
         for name in trackers:
             if name not in TRACKERS:
-                raise UserError(
-                    f"unknown tracker '{name}'", place="loop.trackers", fix=nearest(name, TRACKERS)
-                )
+                raise UserError(f"unknown tracker '{name}'", place="loop.trackers", fix=nearest(name, TRACKERS))
         if not enabled:
             return
         directory.mkdir(parents=True, exist_ok=True)

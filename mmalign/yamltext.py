@@ -41,9 +41,7 @@ for _yaml in (_Loader, _Dumper):
     for _tag, _rule, _first in _NUMBERS:
         _yaml.add_implicit_resolver(_tag, _rule, list(_first))
 
-_SUPPORTED_TAGS = {
-    f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null")
-}
+_SUPPORTED_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null")}
 
 
 def parse(text: str, source: str, *, lines: bool = True) -> tuple[Any, dict[str, str]]:
@@ -62,16 +60,12 @@ def parse(text: str, source: str, *, lines: bool = True) -> tuple[Any, dict[str,
             )
         seen.add(id(node))
         if node.tag not in _SUPPORTED_TAGS:
-            raise UserError(
-                f"YAML tag '{node.tag}' is not supported", place=at(node.start_mark), fix="Remove it."
-            )
+            raise UserError(f"YAML tag '{node.tag}' is not supported", place=at(node.start_mark), fix="Remove it.")
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 if key.tag != "tag:yaml.org,2002:str":
                     shown = key.value if isinstance(key, yaml.ScalarNode) else "a list or mapping"
-                    raise UserError(
-                        f"key {shown} is not text", place=at(key.start_mark), fix="Put the key in quotes."
-                    )
+                    raise UserError(f"key {shown} is not text", place=at(key.start_mark), fix="Put the key in quotes.")
                 dotted = f"{path}.{key.value}" if path else str(key.value)
                 if dotted in places:
                     raise UserError(

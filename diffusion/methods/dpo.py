@@ -43,7 +43,7 @@ class Options(Settings):
         "mean_half", description="mean_half: the authors' code; mean: diffusers' SD1.5 script; sum: papers"
     )
     loss: dict[str, float | dict[str, float]] = Field(
-        default_factory=lambda: {"sigmoid": 1.0}, description="losses of the core and their weights"
+        {"sigmoid": 1.0}, description="losses of the core and their weights"
     )
     error_space: Literal["native", "epsilon", "x0", "v"] = Field(
         "native", description="what is compared; native is what the model predicts"

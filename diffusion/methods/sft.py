@@ -37,10 +37,6 @@ class FineTuning(OneLoss):
         )
         self._options, self._parts = options, parts
 
-    def describe(self) -> dict[str, str]:
-        """Lines for the block printed at the start: none of its own."""
-        return {}
-
     def losses(self, batch: PairBatch) -> Iterator[tuple[Tensor, Metrics]]:
         parts, options = self._parts, self._options
         pairs = len(batch.keys)

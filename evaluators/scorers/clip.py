@@ -1,4 +1,4 @@
-"""CLIP similarity of prompt and picture, from any CLIP that transformers loads: a hub id, a folder, or the embedded one.
+"""CLIP similarity of prompt and picture, by any CLIP that transformers loads: a hub id, a folder, the embedded one.
 
     clip = cosine(text features, image features)     [-1, 1], fp32; Hessel's CLIPScore is 2.5 * max(clip, 0)
 

@@ -1,8 +1,8 @@
 """The shapes checker as a scorer: reward that can be verified, for pictures of the embedded world.
 
-    reward     mean of what the caption speaks of: number, colours, shapes, relation         [0, 1]
-    faithful   1 when all of it is right and nothing is added                                0 or 1
-    style      a bright, flat ground: a taste that has nothing to do with the caption        [0, 1]
+reward     mean of what the caption speaks of: number, colours, shapes, relation         [0, 1]
+faithful   1 when all of it is right and nothing is added                                0 or 1
+style      a bright, flat ground: a taste that has nothing to do with the caption        [0, 1]
 """
 
 from __future__ import annotations

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from PIL import Image
+
+from diffusion.models import DiffusionModel
+from diffusion.recipe import EvaluationSettings
+from evaluators import scorer as scorers
 from mmalign.prompts import read_prompts
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from diffusion.models import DiffusionModel
-    from diffusion.recipe import EvaluationSettings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,8 +37,6 @@ def judge(settings: EvaluationSettings, models: Mapping[str, Callable[[], Diffus
         settings: prompts, how many, which noise, the sampler and the scorers.
         models: name -> how to open it; opened one at a time.
     """
-    from evaluators import scorer as scorers
-
     distinct = read_prompts(settings.prompts, settings.count, settings.seed)
     prompts = [prompt for prompt in distinct for _ in range(settings.per_prompt)]
     seeds = [(settings.seed + 1) * 10**12 + index for index in range(len(prompts))]
@@ -52,6 +48,7 @@ def judge(settings: EvaluationSettings, models: Mapping[str, Callable[[], Diffus
             seeds=seeds,
             steps=settings.sampler.steps,
             guidance_scale=settings.sampler.guidance_scale,
+            batch_size=settings.sampler.batch_size,
             label=f"sample {name}",
         )
         rows: list[dict[str, float]] = [{} for _ in prompts]
