@@ -21,8 +21,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["MPLBACKEND"] = "Agg"
 
-# Every annotated function of ours is checked at run time: shapes by jaxtyping, everything else by beartype.
-install_import_hook(["mmalign", "evaluators", "diffusion", "vlm"], "beartype.beartype")
+# Every annotated function of ours is checked at run time: shapes by jaxtyping, everything else by beartype,
+# which takes an int for a float as every other type checker does.
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+install_import_hook(["mmalign", "evaluators", "diffusion", "vlm"], CHECKER)
 
 
 class NetworkUse(AssertionError):
