@@ -105,13 +105,9 @@ def save_vae(vae: Any, out: Path) -> None:
     copy.deepcopy(vae).to(memory_format=torch.contiguous_format).half().save_pretrained(out)
 
 
-def build_base(out: Path, vae_folder: Path, *, steps: int, batch: int, seed: int) -> None:
-    """Train UNet and text encoder together to predict the noise on cached latents; write the whole pipeline.
-
-    A tenth of the captions are emptied so that guidance has an unconditional branch. Timesteps lean towards high
-    noise (1000 u^0.75), where layout, number and relation are decided. The written weights are an average (EMA).
-    """
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+def new_pipeline(vae: Any, seed: int) -> Any:
+    """A StableDiffusionPipeline around the autoencoder, UNet and text encoder still random."""
+    from diffusers import DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     torch.manual_seed(seed)
@@ -143,7 +139,7 @@ def build_base(out: Path, vae_folder: Path, *, steps: int, batch: int, seed: int
         cross_attention_dim=width,
         attention_head_dim=(2, 3),
         norm_num_groups=16,
-    ).to(memory_format=torch.channels_last)
+    )
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -152,25 +148,67 @@ def build_base(out: Path, vae_folder: Path, *, steps: int, batch: int, seed: int
         set_alpha_to_one=False,
         steps_offset=1,
     )
-    vae: Any = AutoencoderKL.from_pretrained(vae_folder)
-    drawn = scenes.draw_scenes(60_000, split="train", seed=seed + 1)
-    latents = encode_all(vae, drawn)
-    captions = [scene.caption for scene in drawn]
-    distinct = sorted(set(captions))
-    ids = tokenizer([*distinct, ""], padding="max_length", return_tensors="pt").input_ids
-    row = torch.tensor([distinct.index(caption) for caption in captions])
+    return as_pipeline(vae, text_encoder, tokenizer, unet, scheduler)
 
-    both = nn.ModuleDict({"unet": unet, "text": text_encoder})
+
+def as_pipeline(vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, scheduler: Any) -> Any:
+    """The parts as a StableDiffusionPipeline."""
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def build_base(
+    out: Path, start: Path, *, steps: int, batch: int, seed: int, lr: float, lean: float, every: int, relations: bool
+) -> None:
+    """Train UNet and text encoder together to predict the noise on cached latents; write the whole pipeline.
+
+    A tenth of the captions are emptied so that guidance has an unconditional branch. Timesteps lean towards high
+    noise (1000 u^lean), where layout, number and relation are decided. The written weights are an average (EMA).
+
+    Args:
+        start: a built autoencoder, or a built pipeline to go on from.
+        lr: peak learning rate; a cosine over `steps` takes it to 1 %.
+        every: steps between evaluations; the folder holds the newest.
+        relations: train on scenes of two different things alone.
+    """
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
+
+    if (start / "model_index.json").is_file():
+        pipeline: Any = StableDiffusionPipeline.from_pretrained(start, safety_checker=None, dtype=torch.float32)
+    else:
+        pipeline = new_pipeline(AutoencoderKL.from_pretrained(start), seed)
+    unet, text_encoder, tokenizer = pipeline.unet, pipeline.text_encoder, pipeline.tokenizer
+    unet.to(memory_format=torch.channels_last)
+    drawn = scenes.draw_scenes(60_000, split="train", seed=seed + 1)
+    if relations:
+        drawn = [scene for scene in drawn if scene.relation]
+    latents = encode_all(pipeline.vae, drawn)
+    captions = [scene.caption for scene in drawn]
+    distinct = {caption: index for index, caption in enumerate(sorted(set(captions)))}
+    ids = tokenizer([*distinct, ""], padding="max_length", return_tensors="pt").input_ids
+    row = torch.tensor([distinct[caption] for caption in captions])
+
+    both = nn.ModuleDict({"unet": unet, "text": text_encoder}).train()
     parameters = list(both.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     schedule = cosine_to_zero(optimizer, steps, warmup=200)
     average = copy.deepcopy(both).requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    signal = scheduler.alphas_cumprod
+    signal = pipeline.scheduler.alphas_cumprod
     running = 0.0
     for step in progress(range(steps), "base model"):
         pick = torch.randint(len(latents), (batch,), generator=generator)
-        t = (1000 * torch.rand(batch, generator=generator) ** 0.75).long()
+        t = (1000 * torch.rand(batch, generator=generator) ** lean).long()
         noise = torch.randn(batch, *latents.shape[1:], generator=generator)
         a = signal[t].view(-1, 1, 1, 1)
         noisy = (a.sqrt() * latents[pick] + (1 - a).sqrt() * noise).contiguous(memory_format=torch.channels_last)
@@ -185,22 +223,10 @@ def build_base(out: Path, vae_folder: Path, *, steps: int, batch: int, seed: int
         decay = min(0.998, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in parameters], 1 - decay)
         running += (loss.item() - running) / min(step + 1, 200)
-        if (step + 1) % 2000 == 0 or step + 1 == steps:
-            pipeline: Any = StableDiffusionPipeline(
-                vae=vae,
-                text_encoder=average["text"],
-                tokenizer=tokenizer,
-                unet=average["unet"],
-                scheduler=scheduler,
-                safety_checker=None,
-                feature_extractor=None,
-                requires_safety_checker=False,
-            )
-            print(
-                json.dumps({"step": step + 1, "loss": round(running, 4), **faithfulness(pipeline)}),
-                flush=True,
-            )
-            save_pipeline(pipeline, out)
+        if (step + 1) % every == 0 or step + 1 == steps:
+            shown = as_pipeline(pipeline.vae, average["text"], tokenizer, average["unet"], pipeline.scheduler)
+            print(json.dumps({"step": step + 1, "loss": round(running, 4), **faithfulness(shown)}), flush=True)
+            save_pipeline(shown, out)
 
 
 @torch.no_grad()
@@ -269,13 +295,18 @@ def main(argv: list[str] | None = None) -> int:
         one.add_argument("--batch", type=int, default=batch)
         one.add_argument("--seed", type=int, default=0)
         if part == "base":
-            one.add_argument("--vae", type=Path, required=True, help="folder of a built autoencoder")
+            one.add_argument("--start", type=Path, required=True, help="a built autoencoder, or a base to go on from")
+            one.add_argument("--lr", type=float, default=1e-3)
+            one.add_argument("--lean", type=float, default=0.75, help="timesteps are 1000 u^lean: below 1, more noise")
+            one.add_argument("--every", type=int, default=1000, help="steps between evaluations")
+            one.add_argument("--relations", action="store_true", help="scenes of two different things alone")
     said = parser.parse_args(argv)
     common = {"steps": said.steps, "batch": said.batch, "seed": said.seed}
     if said.part == "vae":
         build_vae(said.out, **common)
     elif said.part == "base":
-        build_base(said.out, said.vae, **common)
+        base = {"lr": said.lr, "lean": said.lean, "every": said.every, "relations": said.relations}
+        build_base(said.out, said.start, **common, **base)
     else:
         build_clip(said.out, **common)
     return 0

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 import diffusers
 import huggingface_hub
 import torch
+import transformers
 from huggingface_hub import errors as hub
 from safetensors import SafetensorError
 
@@ -50,6 +51,7 @@ def open_pipeline(settings: ModelSettings, *, unet_dtype: torch.dtype) -> Any:
     if Path(source).is_dir():
         _check_weights(Path(source), family, place)
 
+    _no_noise()
     dtype = DTYPES[settings.dtype]
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": offline}
     parts: dict[str, Any] = {}
@@ -86,6 +88,13 @@ def open_pipeline(settings: ModelSettings, *, unet_dtype: torch.dtype) -> Any:
             module.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _no_noise() -> None:
+    """No bar for every file that is opened, no advice about classes the user never named; downloads keep their bars."""
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
 
 
 def _read_index(source: str, revision: str | None, offline: bool, place: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from mmalign import config as configuration
 from mmalign import method as methods
 from mmalign.cli import Parser, run_entry
 from mmalign.errors import UserError
-from mmalign.loop import Hooks, Loop, peak_memory_gb, trainable
+from mmalign.loop import Hooks, Loop, check_machine, peak_memory_gb, trainable
 from mmalign.order import Order, share
 from mmalign.pairing import PairingSummary, make_pairs
 from mmalign.preferences import Store
@@ -39,9 +39,11 @@ def train(config: TrainConfig) -> int:
     """Run a recipe from the store to the last checkpoint. Returns the exit code."""
     module = methods.load("diffusion", config.method.name)
     options = configuration.parse_section(module.Options, config.method, "method")
+    check_machine(config.loop)
     model = models.load_model(config.model, train_full=config.adapter is None)
     if config.loop.init_from:
         weights.start_from(model, Path(config.loop.init_from))
+    adapters.set_attention(model.unet, config.loop.attention)
     model.to(PartialState().device)
     ensure_store(config, model)
     pairs, pairing_note = read_pairs(config)
@@ -56,22 +58,21 @@ def train(config: TrainConfig) -> int:
         adapters.add_lora(unet, config.adapter)
     else:
         unet.requires_grad_(True)
-    adapters.set_attention(unet, config.loop.attention)
     unet.to(memory_format=torch.channels_last)
     if config.loop.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     loop = Loop(unet, config.loop, config.optim)
-    device = loop.accelerator.device
     reference, save_cache = make_reference(config, loop, model, data, unet, original)
     parts = Parts(
         module=loop.module,
         predict=model.predict,
-        schedule=model.schedule.to(device),
+        schedule=model.schedule.to(loop.accelerator.device),
         reference=reference,
         elements=data.elements,
     )
     method = module.build(options, parts)
-    if loop.accelerator.is_main_process:
+
+    def started() -> None:
         announce(config, loop, parts, data, {"data": pairing_note, **method.describe()})
 
     def sample(step: int) -> None:
@@ -81,6 +82,7 @@ def train(config: TrainConfig) -> int:
             seeds=[drawn.seed + index for index in range(len(drawn.prompts))],
             steps=drawn.sampler.steps,
             guidance_scale=drawn.sampler.guidance_scale,
+            batch_size=drawn.sampler.batch_size,
             unet=unet,
         )
         loop.tracker.images(step, "validation", images, list(drawn.prompts))
@@ -88,6 +90,7 @@ def train(config: TrainConfig) -> int:
     hooks = Hooks(
         save_model=lambda folder, state: weights.save_weights(unet, folder, state=state),
         load_model=lambda folder: weights.load_weights(unet, folder),
+        started=started,
         sample=sample if config.validation.prompts else None,
         saved=save_cache,
         summary={
@@ -96,6 +99,7 @@ def train(config: TrainConfig) -> int:
             "seed": config.loop.seed,
             "pairs": data.key,
         },
+        config=config.model_dump(mode="json"),
     )
     return loop.run(method, config.method.name, batch_source(config, loop, data), hooks)
 
@@ -106,6 +110,7 @@ def ensure_store(config: TrainConfig, model: DiffusionModel) -> None:
         return
     with PartialState().main_process_first():
         if not config.data.path.exists():
+            model.to(PartialState().device)
             make_store(model, config.candidates, config.data.path)
 
 
@@ -122,7 +127,7 @@ def make_reference(
     if original is None:
         reference = AdaptersOff(loop.module, lambda: adapters.adapters_disabled(unet))
     else:
-        copy = original.to(loop.accelerator.device).to(memory_format=torch.channels_last)
+        copy = original.to(memory_format=torch.channels_last)
         reference = FrozenCopy(copy, loop.accelerator.autocast)
     if config.reference.cache is None:
         return reference, None
@@ -130,7 +135,6 @@ def make_reference(
     key = configuration.digest(
         {
             "base": model.identity,
-            "init_from": config.loop.init_from,
             "pairs": data.key,
             "seed": config.loop.seed,
             "precision": config.loop.precision,
@@ -138,7 +142,8 @@ def make_reference(
             "method": config.method.model_dump(),
         }
     )
-    cached = Cached(reference, config.reference.cache / key[:16], rank=loop.accelerator.process_index)
+    place, accelerator = config.reference.cache / key[:16], loop.accelerator
+    cached = Cached(reference, place, device=accelerator.device, rank=accelerator.process_index)
     return cached, cached.save
 
 
@@ -187,9 +192,10 @@ def batch_source(config: TrainConfig, loop: Loop, data: PairData) -> Any:
 def announce(config: TrainConfig, loop: Loop, parts: Parts, data: PairData, notes: dict[str, str]) -> None:
     """The block that says what is effective, and the same as a file: config.yaml."""
     settings = config.loop
-    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    seconds = estimate_seconds(config, loop, parts, data)  # by every process: sharded modules run together
+    if not loop.accelerator.is_main_process:
+        return
     (settings.output_dir / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
-    seconds = estimate_seconds(config, loop, parts, data)
     schedule = config.optim.schedule + (
         f", {n} updates of warm-up" if (n := config.optim.warmup(settings.steps)) else ""
     )
@@ -204,7 +210,7 @@ def announce(config: TrainConfig, loop: Loop, parts: Parts, data: PairData, note
         f"accumulated x {loop.accelerator.num_processes} processes",
         "updates": f"{settings.steps} = {settings.steps * loop.pairs_per_update / len(data):.1f} epochs",
         "precision": f"{settings.precision}, attention {settings.attention}",
-        "expected": f"about {duration(seconds)}, measured on one forward; {peak_memory_gb():.1f} GB in use before training",
+        "expected": f"about {duration(seconds)}, from one forward; {peak_memory_gb():.1f} GB in use before training",
         "output": str(settings.output_dir),
     }
     width = max(map(len, block))

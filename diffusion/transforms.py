@@ -115,8 +115,8 @@ def bucket_sizes(settings: LatentSettings, resolution: int, multiple: int) -> li
     if settings.buckets == "auto":
         step = max(multiple, math.ceil(resolution / 16 / multiple) * multiple)
         half = math.ceil(resolution / 2 / step) * step
-        sizes = {(side, resolution**2 // side // step * step) for side in range(half, 2 * resolution + 1, step)}
-        return sorted({(resolution, resolution), *(size for size in sizes if min(size) >= half)})
+        upright = [(short, resolution**2 // short // step * step) for short in range(half, resolution, step)]
+        return sorted({(resolution, resolution), *upright, *((long, short) for short, long in upright)})
     for width, height in settings.buckets:
         if width % multiple or height % multiple:
             raise UserError(

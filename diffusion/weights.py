@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffusion.adapters import attach, lora_layers, merge_lora
+from diffusion.fingerprints import module_fingerprint
 from diffusion.models import DiffusionModel
 from mmalign.errors import UserError
 
@@ -114,10 +115,14 @@ def open_weights(model: DiffusionModel, folder: Path) -> None:
 
 
 def start_from(model: DiffusionModel, folder: Path) -> None:
-    """Make saved weights the base of a new run: an adapter is merged in, the reference starts there too."""
+    """Make saved weights the base of a new run: an adapter is merged in, the reference starts there too.
+
+    The model's identity becomes theirs, so that nothing kept for the original is taken for this one.
+    """
     open_weights(model, folder)
     if lora_layers(model.unet):
         merge_lora(model.unet)
+    model.identity = f"{model.identity.partition('@')[0]}@{module_fingerprint(model.unet)[:12]}"
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ Metrics: TypeAlias = Mapping[str, Tensor]
 class Method(Protocol):
     """An alignment method. It makes losses; the loop alone backpropagates, clips, steps, logs and saves.
 
-    A method's file defines `Options`, a `mmalign.config.Settings`, and `build(options, **parts) -> Method`, where
+    A method's file defines `Options`, a `mmalign.config.Settings`, and `build(options, parts) -> Method`, where
     `parts` is what its package's trainer offers (policy, reference, noise schedule, ...).
     """
 
