@@ -160,7 +160,7 @@ def read_pairs(config: TrainConfig) -> tuple[list[Preference], str]:
     pairs = list(make_pairs(store.records(split=config.data.split), config.data.pairing.build(), summary))
     if config.data.shuffle_labels:
         coin = [key_seed("shuffled label", config.loop.seed, pair.item_id) & 1 for pair in pairs]
-        pairs = [pair.swap() if heads else pair for pair, heads in zip(pairs, coin, strict=True)]
+        pairs = [pair.flip() if heads else pair for pair, heads in zip(pairs, coin, strict=True)]
     return pairs, str(summary)
 
 

@@ -7,6 +7,7 @@ this one and `python -m diffusion.train` alike, runs under `run_entry`, where a 
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import re
@@ -19,6 +20,7 @@ from mmalign.errors import UserError, nearest
 
 Main = Callable[[list[str]], int | None]
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 OK, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141  # the last two: 128 + SIGINT, 128 + SIGPIPE
 
 
@@ -112,6 +114,12 @@ def run_entry(main: Main, argv: Sequence[str] | None = None) -> int:
         # The reader has gone (`mmalign data stats ... | head`). What is buffered must not be written again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        print(f"mmalign: error: disk full{place}. Free some space and run the same command again.", file=sys.stderr)
+        return USER_ERROR
 
 
 def usage() -> str:

@@ -112,6 +112,7 @@ class Loop:
         resumed = self._resume(method, name, hooks)
         start = resumed or 0
         main = self.accelerator.is_main_process
+        make_folder(settings.output_dir)
         self.tracker = Tracker(
             settings.output_dir, settings.trackers, resume_step=resumed, config=hooks.config, enabled=main
         )
@@ -402,6 +403,20 @@ def make_accelerator(settings: LoopSettings) -> Accelerator:
         gradient_accumulation_steps=settings.accumulation,
         step_scheduler_with_optimizer=False,
     )
+
+
+def make_folder(path: Path) -> None:
+    """The run's folder.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the run's folder: {error.strerror}", place=f"loop.output_dir={path}", fix="Choose another."
+        ) from error
 
 
 def check_zero_margin(means: Mapping[str, Tensor]) -> None:

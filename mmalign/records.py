@@ -67,6 +67,10 @@ class Preference:
         """The same preference with the sides exchanged."""
         return replace(self, a=self.b, b=self.a, label=_SWAPPED[self.label])
 
+    def flip(self) -> Preference:
+        """The opposite preference between the same sides: what a wrong label says. A tie stays one."""
+        return replace(self, label=_SWAPPED[self.label])
+
     @property
     def chosen(self) -> Side:
         """The preferred side. A tie has none: asking is a bug (it would be trained as a win)."""
