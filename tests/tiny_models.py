@@ -134,7 +134,9 @@ def full_size(name: str, *, dtype: torch.dtype = torch.float32, device: str = "c
     for part, settings in json.loads((CONFIGURATIONS / f"{name}.json").read_text()).items():
         with torch.device("meta"):  # the usual start of billions of weights takes minutes, and is not needed
             parts[part] = classes[part](CLIPTextConfig(**settings) if part in TEXT_CLASSES else settings)
-        parts[part].to(dtype).eval()
+        parts[part].eval()
+        if dtype != torch.float32:
+            parts[part].to(dtype)
         if device != "meta":
             _fill(parts[part], device)
     options = {**SCHEDULE, "steps_offset": 1}
