@@ -50,7 +50,7 @@ class DiffusionModel:
         family: sd or sdxl.
         schedule: for training, on the CPU.
         resolution: pixels of a side, as set or as the model was made for.
-        identity: "name@fingerprint" of the UNet as it was opened.
+        identity: "name@fingerprint" of the UNet as it was opened, or of the weights that a run started from.
     """
 
     def __init__(self, pipeline: Any, settings: ModelSettings) -> None:
@@ -61,7 +61,7 @@ class DiffusionModel:
             zero_terminal_snr=settings.zero_terminal_snr,
             prediction_type=settings.prediction_type,
         )
-        self.identity = f"{Path(settings.path).name}@{module_fingerprint(pipeline.unet)[:12]}"
+        self.identify()
         size = pipeline.unet.config.sample_size
         own = (size if isinstance(size, int) else max(size)) * self.scale
         self.resolution = settings.resolution or own
@@ -72,6 +72,10 @@ class DiffusionModel:
                 fix=f"The nearest is {max(1, round(self.resolution / self.multiple)) * self.multiple}",
             )
         self._empty: dict[bool, Conditioning] = {}
+
+    def identify(self) -> None:
+        """Set `identity` from the UNet as it is now."""
+        self.identity = f"{Path(self.settings.path).name}@{module_fingerprint(self.pipeline.unet)[:12]}"
 
     @property
     def unet(self) -> Any:

@@ -122,6 +122,7 @@ def start_from(model: DiffusionModel, folder: Path) -> None:
     open_weights(model, folder)
     if lora_layers(model.unet):
         merge_lora(model.unet)
+    model.identify()  # checkpoints and cached reference errors belong to this base, not to the one it came from
     model.identity = f"{model.identity.partition('@')[0]}@{module_fingerprint(model.unet)[:12]}"
 
 

@@ -497,7 +497,9 @@ def test_saved_adapters_open_in_diffusers_and_peft(
     open_weights(ours, tmp_path)
     torch.testing.assert_close(answer(ours), expected, rtol=1e-5, atol=1e-6)
     merged = opened(family)
+    before = merged.identity
     start_from(merged, tmp_path)
+    assert merged.identity != before
     assert not lora_layers(merged.unet)
     torch.testing.assert_close(answer(merged), expected, rtol=1e-4, atol=1e-5)
 

@@ -129,9 +129,7 @@ def test_snr() -> None:
     torch.testing.assert_close(exact().snr(t), exact_table()[t] / (1 - exact_table()[t]))
 
 
-@pytest.mark.filterwarnings(
-    "ignore:__array__ implementation:DeprecationWarning"
-)  # diffusers' Euler and numpy
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' Euler and numpy
 @pytest.mark.parametrize("kind", [PNDMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler])
 def test_schedulers_that_pipelines_ship(kind: Any) -> None:
     torch.testing.assert_close(
@@ -177,9 +175,7 @@ def test_step_without_signal_is_left_out_exactly_where_it_teaches_nothing() -> N
 
 
 @pytest.mark.parametrize(("prediction_type", "silent"), [("epsilon", True), ("v_prediction", False)])
-def test_no_signal_and_shared_noise_mean_no_gradient_in_epsilon_alone(
-    prediction_type: str, silent: bool
-) -> None:
+def test_no_signal_and_shared_noise_mean_no_gradient_in_epsilon_alone(prediction_type: str, silent: bool) -> None:
     schedule = exact(prediction_type, rescale_zero_terminal_snr(exact_table()))
     t, noise = torch.tensor([999]), some(3, 1, 2, 4, 4)
     weight = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
