@@ -133,11 +133,12 @@ def _nearest_colour(rgb: Float[ndarray, "32 32 3"]) -> Int[ndarray, "32 32"]:
     hue = np.degrees(np.arctan2(np.sqrt(3) * (green - blue), 2 * red - green - blue))
     centres = np.array([HUES[name] for name in COLOURS])
     distance = np.abs((hue[..., None] - centres + 180) % 360 - 180)
-    return distance.argmin(-1)
+    nearest: ndarray = distance.argmin(-1)
+    return nearest
 
 
 def _regions(mask: Bool[ndarray, "32 32"]) -> Int[ndarray, "32 32"]:
-    """4-connected regions: a label per pixel, -1 outside. Labels spread along rows and columns until nothing changes."""
+    """4-connected regions: a label per pixel, -1 outside. Labels spread until nothing changes."""
     labels = np.where(mask, np.arange(mask.size).reshape(mask.shape), -1)
     while True:
         spread = labels.copy()
@@ -180,4 +181,8 @@ def _template(shape: str, x2: int, y2: int) -> Bool[ndarray, "32 32"]:
 
 
 _NUDGES = ((0.0, 0.0), (0.5, 0.0), (-0.5, 0.0), (0.0, 0.5), (0.0, -0.5))
-_CENTROID_BELOW = {"circle": 0.0, "square": 0.0, "triangle": 1.8}  # pixels from the centre to the centre of mass
+_CENTROID_BELOW = {
+    "circle": 0.0,
+    "square": 0.0,
+    "triangle": 1.8,
+}  # pixels from the centre to the centre of mass

@@ -35,7 +35,8 @@ def coverage(shape: str, x: float, y: float) -> Float[ndarray, "32 32"]:
     else:  # upright, apex at the top: two slanted edges of slope 2 and a base
         height = RADIUS * 1.05
         distance = np.maximum(dy - height, (2.0 * np.abs(dx) - (dy + height)) / np.sqrt(5.0))
-    return np.clip(0.5 - distance, 0.0, 1.0).astype(np.float32)
+    covered: ndarray = np.clip(0.5 - distance, 0.0, 1.0).astype(np.float32)
+    return covered
 
 
 def places(scene: Scene, generator: np.random.Generator) -> list[tuple[float, float]]:
@@ -54,7 +55,11 @@ def places(scene: Scene, generator: np.random.Generator) -> list[tuple[float, fl
 def render(scene: Scene, seed: int) -> UInt8[ndarray, "32 32 3"]:
     """The picture of a scene; the seed chooses places, ground and shades."""
     generator = np.random.default_rng([seed, 11])
-    level, slope, angle = generator.uniform(0.3, 0.8), generator.uniform(0, 0.2), generator.uniform(0, 2 * np.pi)
+    level, slope, angle = (
+        generator.uniform(0.3, 0.8),
+        generator.uniform(0, 0.2),
+        generator.uniform(0, 2 * np.pi),
+    )
     across, down = (_AXIS / SIZE - 0.5)[None, :], (_AXIS / SIZE - 0.5)[:, None]
     ground = np.clip(level + slope * (np.cos(angle) * across + np.sin(angle) * down), 0, 1)
     picture = np.repeat(ground[:, :, None], 3, axis=2).astype(np.float32)

@@ -5,8 +5,37 @@ from __future__ import annotations
 from mmalign.shapes.scenes import COLOURS, NUMBERS, SHAPES
 
 WORDS = (
-    *("a", "an", "the", "is", "are", "there", "exactly", "one", "object", "objects", "of", "and", "in", "with"),
-    *("left", "right", "above", "below", "yes", "no", "picture", "what", "which", "how", "many", "colour", "shape"),
+    *(
+        "a",
+        "an",
+        "the",
+        "is",
+        "are",
+        "there",
+        "exactly",
+        "one",
+        "object",
+        "objects",
+        "of",
+        "and",
+        "in",
+        "with",
+    ),
+    *(
+        "left",
+        "right",
+        "above",
+        "below",
+        "yes",
+        "no",
+        "picture",
+        "what",
+        "which",
+        "how",
+        "many",
+        "colour",
+        "shape",
+    ),
     *NUMBERS.values(),
     *COLOURS,
     *SHAPES,
@@ -17,7 +46,11 @@ START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 def byte_symbols() -> list[str]:
     """The printable stand-ins for the 256 bytes, in CLIP's (GPT-2's) order: printable bytes first, others shifted."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
 
