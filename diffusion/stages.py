@@ -21,7 +21,13 @@ from mmalign import config as configuration
 from mmalign.errors import UserError
 from mmalign.statistics import PairedReport, paired_report
 
-LABELS = {"base": "base", "dpo": "Diffusion-DPO", "sft": "fine-tuning on the winners"}
+LABELS = {
+    "base": "base",
+    "dpo": "Diffusion-DPO",
+    "lora": "Diffusion-DPO, LoRA",
+    "sft": "fine-tuning on the winners",
+    "shuffled": "control: shuffled labels",
+}
 SHARES = ("faithful",)  # numbers that are 0 or 1 for a picture
 
 
