@@ -204,7 +204,7 @@ def timestep_choices(
     silent = no_signal.cpu() & (shared_noise if in_noise else predicts_noise)
     if requested is None:
         return (~silent).nonzero().flatten()
-    place = "timesteps"
+    place = "method.timesteps"
     if not requested:
         raise UserError("no timesteps to train on", place=place, fix="Give at least one, or null for all")
     for t in requested:

@@ -106,6 +106,10 @@ def open_weights(model: DiffusionModel, folder: Path) -> None:
     Raises:
         UserError: no weights there, or they do not fit.
     """
+    if not folder.is_dir():
+        raise UserError(
+            "no such folder of weights", place=str(folder), fix="Give a checkpoint or weights taken from one"
+        )
     folder = folder / "model" if (folder / "model").is_dir() else folder
     if (folder / PEFT).is_file():
         config = _adapter_config(folder)

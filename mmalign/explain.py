@@ -181,9 +181,9 @@ _ELSEWHERE = {
 def suggest(key: str, valid: Iterable[str], separator: str = ".") -> str:
     """A hint for a mistyped key: the same section first, then its name in another, then what is close."""
     known = list(valid)
-    if _ELSEWHERE.get(key) in known:
-        return f"Did you mean '{_ELSEWHERE[key]}'?"
     section, _, leaf = key.rpartition(separator)
+    if _ELSEWHERE.get(leaf) in known:
+        return f"Did you mean '{_ELSEWHERE[leaf]}'?"
     siblings = [name for name in known if name.rpartition(separator)[0] == section]
     close = difflib.get_close_matches(leaf, [name.rpartition(separator)[2] for name in siblings], n=1, cutoff=0.8)
     if close:
@@ -192,4 +192,6 @@ def suggest(key: str, valid: Iterable[str], separator: str = ".") -> str:
     close = difflib.get_close_matches(leaf, elsewhere, n=1, cutoff=0.7)
     if close:
         return f"Did you mean '{elsewhere[close[0]]}'?"
+    if siblings and section:  # by their last parts: the section they share makes any two of them look alike
+        return nearest(leaf, [name.rpartition(separator)[2] for name in siblings])
     return nearest(key, siblings or known)

@@ -25,9 +25,10 @@ def preset(name: str) -> Path:
     """A launch preset: a file of the user's, or one of `configs/accelerate/` by name.
 
     Raises:
-        UserError: there is neither.
+        UserError: there is neither, or the file is no preset.
     """
     if Path(name).is_file():
+        _mapping(Path(name), "launch preset")
         return Path(name)
     ours = {key.partition("/"): path for key, path in shipped().items()}
     known = {leaf: path for (folder, _, leaf), path in ours.items() if folder == "accelerate"}
@@ -36,15 +37,21 @@ def preset(name: str) -> Path:
     return known[name]
 
 
+def _mapping(path: Path, what: str) -> tuple[dict[str, object], dict[str, str]]:
+    """The keys of a YAML file, and where each stands."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the {what}: {error}", place=str(path)) from error
+    content, places = yamltext.parse(text, str(path))
+    if not isinstance(content, dict):
+        raise UserError(f"a {what} is a mapping of keys to values", place=str(path))
+    return content, places
+
+
 def package_of(recipe: Path) -> str:
     """Which trainer a recipe is for: its `package` key, else its folder's name (`diffusion/`, `vlm/`)."""
-    try:
-        text = recipe.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the recipe: {error}", place=str(recipe)) from error
-    content, places = yamltext.parse(text, str(recipe))
-    if not isinstance(content, dict):
-        raise UserError("a recipe is a mapping of keys to values", place=str(recipe))
+    content, places = _mapping(recipe, "recipe")
     package = content.get("package", recipe.resolve().parent.name)
     if isinstance(package, str) and package in TRAINERS:
         return package

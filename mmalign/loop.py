@@ -341,6 +341,7 @@ class Loop:
     def _load_optimizer_state(self, state: dict[str, Any]) -> None:
         if not self._sharded:
             self.optimizer.load_state_dict(state)
+            match_layouts(self.optimizer.state)
             return
         from torch.distributed.checkpoint import state_dict as sharded
 
@@ -417,6 +418,18 @@ def make_folder(path: Path) -> None:
         raise UserError(
             f"cannot make the run's folder: {error.strerror}", place=f"loop.output_dir={path}", fix="Choose another."
         ) from error
+
+
+def match_layouts(state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Lay out every moment in memory as its parameter is, say channels last.
+
+    Files hold contiguous tensors, and fused optimizers walk parameter, gradient and moments in memory order without
+    looking at strides: each weight would be updated with the moments of another one.
+    """
+    for parameter, values in state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def check_zero_margin(means: Mapping[str, Tensor]) -> None:

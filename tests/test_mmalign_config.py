@@ -275,6 +275,7 @@ def test_a_recipe_is_found_by_path_or_short_name(tmp_path: Path, monkeypatch: py
     (installed / "configs" / "diffusion").mkdir(parents=True)
     (installed / "configs" / "diffusion" / "dpo_shapes.yaml").write_text(RECIPE)
     monkeypatch.setattr(config, "__file__", str(installed / "config.py"))
+    monkeypatch.chdir(tmp_path)  # in a checkout, configs/... is a path as well
     for name in ("diffusion/dpo_shapes", "diffusion/dpo_shapes.yaml", "configs/diffusion/dpo_shapes.yaml"):
         assert config.find(name) == installed / "configs" / "diffusion" / "dpo_shapes.yaml"
     for name in ("dpo_shapes", "diffusion/dpo_shape", "vlm/dpo_shapes"):

@@ -87,7 +87,8 @@ def make(
 def save_model(module: nn.Module) -> Callable[[Path, Any], None]:
     def save(folder: Path, state: Any) -> None:
         assert state is None  # nothing is sharded here
-        save_file({name: tensor.clone() for name, tensor in module.state_dict().items()}, folder / "net.safetensors")
+        tensors = {name: tensor.clone().contiguous() for name, tensor in module.state_dict().items()}
+        save_file(tensors, folder / "net.safetensors")
 
     return save
 
@@ -248,6 +249,22 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
     assert run(tmp_path)[0] == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert lines(tmp_path) == log
+
+
+def test_moments_keep_the_memory_layout_of_their_weights(tmp_path: Path) -> None:
+    """Fused optimizers walk memory, and files hold contiguous tensors: channels-last weights need care."""
+
+    def train(folder: Path, steps: int) -> None:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Unflatten(1, (3, 1, 1)), nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(4, 1))
+        module.to(memory_format=torch.channels_last)
+        loop = Loop(module, settings(folder, steps=steps), OptimSettings(lr=0.05))
+        loop.run(Regression(loop.module), "regression", batches(loop), hooks(module))
+
+    train(tmp_path / "whole", 4)
+    train(tmp_path / "half", 2)
+    train(tmp_path / "half", 4)
+    assert same(final(tmp_path / "half"), final(tmp_path / "whole"))
 
 
 def test_more_steps_go_on_where_a_finished_run_ended(tmp_path: Path) -> None:
