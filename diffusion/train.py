@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 
 from diffusion import adapters, cache, models, weights
@@ -26,7 +25,7 @@ from mmalign import config as configuration
 from mmalign import method as methods
 from mmalign.cli import Parser, run_entry
 from mmalign.errors import UserError
-from mmalign.loop import Hooks, Loop, check_machine, peak_memory_gb, trainable
+from mmalign.loop import Hooks, Loop, check_machine, peak_memory_gb, processes, trainable
 from mmalign.order import Order, share
 from mmalign.pairing import PairingSummary, make_pairs
 from mmalign.preferences import Store
@@ -44,7 +43,7 @@ def train(config: TrainConfig) -> int:
     if config.loop.init_from:
         weights.start_from(model, Path(config.loop.init_from))
     adapters.set_attention(model.unet, config.loop.attention)
-    model.to(PartialState().device)
+    model.to(processes().device)
     ensure_store(config, model)
     pairs, pairing_note = read_pairs(config)
     # what is cached depends on frozen encoders alone, so it is made before anything is prepared for training
@@ -108,9 +107,9 @@ def ensure_store(config: TrainConfig, model: DiffusionModel) -> None:
     """Make the preference store from candidates when the recipe says how and it is not there yet."""
     if config.data.path.exists() or config.candidates is None:
         return
-    with PartialState().main_process_first():
+    with processes().main_process_first():
         if not config.data.path.exists():
-            model.to(PartialState().device)
+            model.to(processes().device)
             make_store(model, config.candidates, config.data.path)
 
 

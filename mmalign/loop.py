@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 
 from mmalign import checkpoint
@@ -396,9 +396,18 @@ def check_machine(settings: LoopSettings) -> None:
         raise UserError("fp16 training needs a GPU", place="loop.precision", fix="Use fp32 or bf16 on this machine.")
 
 
+def processes() -> PartialState:
+    """This process among those that `accelerate launch` or `torchrun` started, and its device.
+
+    Accelerate itself takes each of several processes without a GPU for a run of its own, unless it is told.
+    """
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def make_accelerator(settings: LoopSettings) -> Accelerator:
     """Accelerate set up from the recipe; see `check_machine`."""
     check_machine(settings)
+    processes()
     return Accelerator(
         mixed_precision={"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[settings.precision],
         gradient_accumulation_steps=settings.accumulation,
