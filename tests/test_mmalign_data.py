@@ -177,7 +177,7 @@ def test_bad_sources_are_one_line_with_code_2(tmp_path: Path, capsys: pytest.Cap
     )
     code, _, error = run(capsys, "chek")
     assert code == 2
-    assert error.startswith("mmalign: error: mmalign data: argument VERB: invalid choice: 'chek'")
+    assert error == "mmalign: error: mmalign data: unknown 'chek'. Did you mean 'check'?\n"
 
 
 def test_stats_count_ties_gaps_duplicates_and_leaks(
