@@ -18,7 +18,6 @@ import contextlib
 import errno
 import json
 import os
-import random
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -26,10 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from mmalign import manifest, statetree
@@ -327,27 +324,3 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     # Clones, so that nothing hangs on the file and memory is aligned as in the run that was interrupted.
     with safetensors.safe_open(path, framework="pt", device="cpu") as file:
         return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # not a mapping
-
-
-# ----------------------------------------------------------------------------------------------------
-# Random numbers
-
-
-def rng_state() -> dict[str, Any]:
-    """The state of every global generator: Python's, numpy's, torch's on the CPU and on each CUDA device."""
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Restores `rng_state()`; a CUDA device that has no counterpart keeps its own."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    for device, saved in enumerate(state["cuda"][:available]):
-        torch.cuda.set_rng_state(saved, device)

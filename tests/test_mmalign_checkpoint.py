@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -68,7 +66,7 @@ class Run:
 
     def train(self, steps: int) -> None:
         for _ in range(steps):
-            x = torch.randn(8, 6) * random.random() + float(np.random.rand())
+            x = torch.randn(8, 6) * torch.rand(()) + torch.rand(())
             self.optimizer.zero_grad()
             self.model(x).square().mean().backward()
             self.optimizer.step()
@@ -81,7 +79,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "ema": self.ema.state_dict(),
-            "rng": checkpoint.rng_state(),
+            "rng": torch.get_rng_state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -89,14 +87,13 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.ema.load_state_dict(state["ema"])
-        checkpoint.set_rng_state(state["rng"])
+        torch.set_rng_state(state["rng"])
 
 
 @pytest.fixture
 def rng() -> Iterator[None]:
-    before = checkpoint.rng_state()
-    yield
-    checkpoint.set_rng_state(before)
+    with torch.random.fork_rng():
+        yield
 
 
 @pytest.mark.usefixtures("rng")
@@ -105,12 +102,11 @@ def rng() -> Iterator[None]:
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     optimizer: str, interrupted: int, tmp_path: Path
 ) -> None:
-    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    torch.manual_seed(1)
     run = Run(optimizer)
     run.train(interrupted)
     state = run.state()
     path = save(tmp_path, interrupted, state=state)
-    random.setstate(state["rng"]["python"])  # beartype, in tests, draws from it
     run.train(6)
     expected = run.state()
 
@@ -126,21 +122,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
             assert torch.equal(tensor, resumed.state()[part][name]), name
     assert resumed.schedule.get_last_lr() == run.schedule.get_last_lr()
     assert resumed.optimizer.param_groups[0]["lr"] == run.optimizer.param_groups[0]["lr"]
-
-
-@pytest.mark.usefixtures("rng")
-def test_generators_draw_the_same_numbers_again(tmp_path: Path) -> None:
-    def draw() -> tuple[float, ...]:
-        return random.gauss(0, 1), float(np.random.randn()), torch.randn(1).item(), random.random()
-
-    random.gauss(0, 1), np.random.randn()  # each keeps the second of two Gaussians: part of the state
-    state = checkpoint.rng_state()
-    path = save(tmp_path, 1, state=state)
-    random.setstate(state["python"])  # beartype, in tests, draws from it
-    first = draw()
-    draw()
-    checkpoint.set_rng_state(checkpoint.load(path).state)
-    assert draw() == first
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -297,9 +278,7 @@ def test_a_checkpoint_of_another_method_or_rank_is_refused(tmp_path: Path) -> No
     said = refused(path, expect_method="ipo")
     assert said.startswith(f"a checkpoint of method 'dpo', but this run is 'ipo' ({path}). Give another")
     said = refused(path, expect_method="dpo", expect={"rank": 16})
-    assert said.startswith(
-        f"the checkpoint has rank 8, but this run has rank 16 ({path}). Set rank as it was"
-    )
+    assert said.startswith(f"the checkpoint has rank 8, but this run has rank 16 ({path}). Set rank as it was")
     assert "has base None" in refused(path, expect={"base": "sd15"})
 
 
@@ -439,9 +418,7 @@ def test_a_library_that_wraps_the_full_disk(tmp_path: Path, monkeypatch: pytest.
     check_full_disk(tmp_path)
 
 
-def test_a_failed_replacement_brings_the_old_one_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_replacement_brings_the_old_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path, 1)
     rename = Path.rename
 
@@ -481,7 +458,7 @@ directory, rng = Path(sys.argv[1]), random.Random(0)
 
 def state(step):
     data = torch.full((1 << 20,), step, dtype=torch.int32)
-    return {"step": step, "data": data, "rng": checkpoint.rng_state()}
+    return {"step": step, "data": data, "rng": torch.get_rng_state()}
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
