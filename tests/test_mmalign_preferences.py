@@ -100,6 +100,14 @@ def test_chosen_follows_the_label_and_survives_a_swap() -> None:
         assert item.swap().swap() == item
 
 
+def test_flip_turns_the_preference_and_nothing_else() -> None:
+    for label in ("a", "b"):
+        item = pair(label)
+        assert (item.flip().chosen, item.flip().rejected) == (item.rejected, item.chosen)
+        assert (item.flip().a, item.flip().b, item.flip().flip()) == (item.a, item.b, item)
+    assert pair("tie").flip() == pair("tie")
+
+
 def test_a_tie_has_no_chosen_side() -> None:
     with pytest.raises(ValueError, match="i is a tie"):
         _ = pair("tie").chosen
