@@ -74,6 +74,7 @@ class LatentSettings(Settings):
     encode_batch: int = Field(default=8, gt=0, description="pictures per VAE forward")
     cache: Annotated[Path, Field(strict=False)] | None = Field(
         default=Path("runs/cache"),
+        validate_default=False,  # a recipe is checked as JSON, in which this default would be no path
         description="folder of encoded data, found again by content; null: memory only",
     )
     prompt_dropout: float = Field(

@@ -9,6 +9,7 @@ All of them fp32 and, read back, equal bit for bit.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,7 +48,10 @@ def save_weights(unet: Any, folder: Path, state: Mapping[str, Tensor] | None = N
         unet.save_config(folder / FULL.parent)
         save_file(tensors, folder / FULL, metadata={"format": "pt"})
         return
-    config = unet.peft_config["default"]
+    config = copy.copy(unet.peft_config["default"])
+    config.target_modules = sorted(
+        config.target_modules
+    )  # a set's order changes with every process, a file's should not
     adapter = {name.replace(".default.", "."): t for name, t in tensors.items() if ".lora_" in name}
     StableDiffusionLoraLoaderMixin.save_lora_weights(
         folder, unet_lora_layers=adapter, unet_lora_adapter_metadata=config.to_dict()
