@@ -25,7 +25,7 @@ from mmalign import config as configuration
 from mmalign import method as methods
 from mmalign.cli import Parser, run_entry
 from mmalign.errors import UserError
-from mmalign.loop import Hooks, Loop, check_machine, peak_memory_gb, processes, trainable
+from mmalign.loop import Hooks, Loop, check_machine, peak_memory_gb, processes, trainable, weights_layout
 from mmalign.order import Order, share
 from mmalign.pairing import PairingSummary, make_pairs
 from mmalign.preferences import Store
@@ -57,7 +57,7 @@ def train(config: TrainConfig) -> int:
         adapters.add_lora(unet, config.adapter)
     else:
         unet.requires_grad_(True)
-    unet.to(memory_format=torch.channels_last)
+    unet.to(memory_format=weights_layout())
     if config.loop.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     loop = Loop(unet, config.loop, config.optim)
@@ -126,7 +126,7 @@ def make_reference(
     if original is None:
         reference = AdaptersOff(loop.module, lambda: adapters.adapters_disabled(unet))
     else:
-        copy = original.to(memory_format=torch.channels_last)
+        copy = original.to(memory_format=weights_layout())
         reference = FrozenCopy(copy, loop.accelerator.autocast)
     if config.reference.cache is None:
         return reference, None

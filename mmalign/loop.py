@@ -404,6 +404,12 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
+def weights_layout() -> torch.memory_format:
+    """The memory layout to train convolutions in: channels last is faster, but FSDP2 takes contiguous weights only."""
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"  # accelerate launch says it so
+    return torch.contiguous_format if sharded else torch.channels_last
+
+
 def make_accelerator(settings: LoopSettings) -> Accelerator:
     """Accelerate set up from the recipe; see `check_machine`."""
     check_machine(settings)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mmalign import checkpoint
 from mmalign.config import LoopSettings, OptimSettings
 from mmalign.errors import UserError
-from mmalign.loop import Hooks, Loop, check_machine, check_zero_margin, peak_memory_gb, trainable
+from mmalign.loop import Hooks, Loop, check_machine, check_zero_margin, peak_memory_gb, trainable, weights_layout
 from mmalign.method import Metrics, OneLoss
 from mmalign.order import Order, share
 from mmalign.randomness import Draws, key_seed
@@ -547,6 +547,13 @@ def test_lines_come_at_the_first_every_third_and_the_last_update(tmp_path: Path)
 def test_checkpoints_come_when_asked_and_the_newest_stay(tmp_path: Path) -> None:
     run(tmp_path, steps=7, checkpoint_every=2, keep_checkpoints=2)
     assert sorted(path.name[-1] for path in tmp_path.glob("checkpoint-*")) == ["6", "7"]
+
+
+def test_only_fsdp_needs_contiguous_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    assert weights_layout() == torch.channels_last
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert weights_layout() == torch.contiguous_format
 
 
 def test_sizes() -> None:
