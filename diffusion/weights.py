@@ -58,6 +58,9 @@ def save_weights(unet: Any, folder: Path, state: Mapping[str, Tensor] | None = N
     )
     (folder / PEFT.parent).mkdir(exist_ok=True)
     config.save_pretrained(folder / PEFT.parent)
+    said = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
+    said["target_modules"].sort()  # peft writes a set: equal runs would have unequal files
+    (folder / PEFT_CONFIG).write_text(json.dumps(said, indent=2), encoding="utf-8")
     save_file({PEFT_PREFIX + k: t for k, t in adapter.items()}, folder / PEFT, metadata={"format": "pt"})
 
 
