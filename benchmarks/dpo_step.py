@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import log, machine, peak_gb, resident_gb, seconds, spread, versions
 from benchmarks.plain_dpo import PlainBatch, PlainDPO
-from benchmarks.sizes import build_pipeline
+from benchmarks.sizes import Precision, build_pipeline
 from diffusion import adapters, cache
 from diffusion.methods import dpo
 from diffusion.models import DiffusionModel
@@ -66,15 +66,14 @@ class Case:
     train: Literal["lora", "full"]
     batch: int
     resolution: int | None
-    precision: Literal["fp32", "bf16", "fp16"]
+    precision: Precision
     rank: int
     gradient_checkpointing: bool
     device: torch.device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of what is not trained."""
-        return DTYPES[self.precision]
+    def pipeline(self) -> Any:
+        """A new one."""
+        return build_pipeline(self.size, self.device, self.precision, full=self.train == "full")
 
     @property
     def adapter(self) -> LoraSettings | None:
@@ -85,12 +84,8 @@ class Ours:
     """The trainer's update, put together as `diffusion.train` does."""
 
     def __init__(self, case: Case, folder: Path, *, cached: bool = False) -> None:
-        pipeline = build_pipeline(case.size, case.device)
         config = recipe(case, folder, cached)
-        for name, part in pipeline.components.items():
-            if isinstance(part, nn.Module) and not (name == "unet" and config.adapter is None):
-                part.to(case.dtype)
-        self.model = DiffusionModel(pipeline, config.model)
+        self.model = DiffusionModel(case.pipeline(), config.model)
         adapters.set_attention(self.model.unet, "sdpa")
         self.data = cache.prepare(self.model, preferences(case, self.model.resolution), config.data)
         self.model.release_encoders()
@@ -126,7 +121,7 @@ class Plain:
     """`plain_dpo.PlainDPO` with the same pictures and prompts."""
 
     def __init__(self, case: Case, folder: Path, *, fused: bool = False) -> None:
-        pipeline = build_pipeline(case.size, case.device)
+        pipeline = case.pipeline()
         resolution = case.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
         if case.gradient_checkpointing:
             pipeline.unet.enable_gradient_checkpointing()
@@ -134,7 +129,7 @@ class Plain:
             pipeline,
             rank=None if case.adapter is None else case.adapter.rank,
             targets=adapters.ATTENTION,
-            dtype=case.dtype,
+            dtype=DTYPES[case.precision],
             beta=BETA,
             lr=LR,
             fused=fused,

@@ -49,18 +49,13 @@ def save_weights(unet: Any, folder: Path, state: Mapping[str, Tensor] | None = N
         save_file(tensors, folder / FULL, metadata={"format": "pt"})
         return
     config = copy.copy(unet.peft_config["default"])
-    config.target_modules = sorted(
-        config.target_modules
-    )  # a set's order changes with every process, a file's should not
+    config.target_modules = sorted(config.target_modules)  # peft keeps a set: equal runs would have unequal files
     adapter = {name.replace(".default.", "."): t for name, t in tensors.items() if ".lora_" in name}
     StableDiffusionLoraLoaderMixin.save_lora_weights(
         folder, unet_lora_layers=adapter, unet_lora_adapter_metadata=config.to_dict()
     )
     (folder / PEFT.parent).mkdir(exist_ok=True)
     config.save_pretrained(folder / PEFT.parent)
-    said = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
-    said["target_modules"].sort()  # peft writes a set: equal runs would have unequal files
-    (folder / PEFT_CONFIG).write_text(json.dumps(said, indent=2), encoding="utf-8")
     save_file({PEFT_PREFIX + k: t for k, t in adapter.items()}, folder / PEFT, metadata={"format": "pt"})
 
 

@@ -14,7 +14,7 @@ import pytest
 import tiny_models
 import torch
 
-from benchmarks.dpo_step import VARIANTS, Case, Ours, Plain
+from benchmarks.dpo_step import MAKE, VARIANTS, WARM_UP, Case, Floor, Ours, Plain
 from benchmarks.harness import resident_gb
 from diffusion.parts import draw_timesteps
 
@@ -33,18 +33,8 @@ def case(size: Path | str, **changes: Any) -> Case:
 
 @pytest.mark.slow
 def test_a_whole_report() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.dpo_step",
-        "--size",
-        "shapes",
-        "--repeats",
-        "1",
-        "--train",
-        "lora",
-        "full",
-    ]
+    words = "--size shapes --repeats 1 --train lora full --variants plain ours"
+    command = [sys.executable, "-m", "benchmarks.dpo_step", *words.split()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -53,7 +43,7 @@ def test_a_whole_report() -> None:
     assert {"torch", "diffusers", "mmalign"} < set(report["versions"])
     for train in ("lora", "full"):
         part = report[train]
-        assert set(part["variants"]) == set(VARIANTS)
+        assert set(part["variants"]) == {"plain", "ours"}
         for variant in part["variants"].values():
             assert variant["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
             assert variant["last_loss"] != variant["first_loss"]
@@ -119,3 +109,23 @@ def test_both_sides_see_the_same_pictures(tiny: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         theirs = vae.encode(torch.cat([first.chosen, first.rejected])).latent_dist.mean * vae.config.scaling_factor
     assert torch.allclose(mine, theirs, atol=1e-4)
+
+
+def test_after_the_warm_up_reference_errors_come_from_the_cache(tiny: Path, tmp_path: Path) -> None:
+    assert set(MAKE) == set(VARIANTS)
+    cached = MAKE["ours_cached"](case(tiny), tmp_path)
+    reference = cached.parts.reference
+    for _ in range(WARM_UP):
+        cached.step()
+    assert (reference.hits, reference.misses) == (0, 8)  # two updates of two pairs
+    for _ in range(3):
+        cached.step()
+    assert (reference.hits, reference.misses) == (12, 8)
+
+
+def test_the_floor_leaves_the_model_as_it_was(tiny: Path, tmp_path: Path) -> None:
+    ours = Ours(case(tiny), tmp_path)
+    before = {name: tensor.clone() for name, tensor in ours.model.unet.state_dict().items()}
+    Floor(ours).step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in ours.model.unet.state_dict().items())
+    assert all(parameter.grad is None for parameter in ours.model.unet.parameters())

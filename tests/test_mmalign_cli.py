@@ -134,8 +134,7 @@ def test_exit_codes_of_the_entry_function_are_kept() -> None:
 def test_wrong_arguments_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train"]) == 2
     assert capsys.readouterr().err == (
-        "mmalign: error: mmalign train: the following arguments are required: RECIPE. "
-        "See 'mmalign train --help'.\n"
+        "mmalign: error: mmalign train: the following arguments are required: RECIPE. See 'mmalign train --help'.\n"
     )
 
 
@@ -147,9 +146,7 @@ def test_a_wrong_choice_names_the_nearest(capsys: pytest.CaptureFixture[str]) ->
 # --------------------------------------------------------------------------------- what may be missing
 
 
-def test_a_missing_dependency_names_the_extra_that_brings_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_missing_dependency_names_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import mmalign
 
     (tmp_path / "needs_gradio.py").write_text("import gradio\n")
@@ -181,9 +178,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("preset", ["one_gpu", "ddp", "fsdp2", "zero2", "zero3"])
-def test_a_preset_becomes_the_launchers_command(
-    preset: str, recipe: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_preset_becomes_the_launchers_command(preset: str, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", str(recipe), "loop.steps=3", "--accelerate", preset, "--dry-run"]) == 0
     words = shlex.split(capsys.readouterr().out)
     assert words[:2] == [sys.executable, "-m"]
@@ -192,9 +187,7 @@ def test_a_preset_becomes_the_launchers_command(
     assert words[6:] == ["-m", "diffusion.train", str(recipe), "loop.steps=3"]
 
 
-def test_without_a_preset_the_trainer_runs_in_this_process(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_preset_the_trainer_runs_in_this_process(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[object] = []
 
     def resolve(target: str) -> cli.Main:

@@ -141,9 +141,7 @@ def test_settings_are_frozen(recipe: Path) -> None:
         ("optim.lr=!!python/object/apply:os.getcwd []", ["YAML tag", "is not supported"]),
     ],
 )
-def test_a_wrong_override_is_one_line_with_place_key_and_hint(
-    recipe: Path, override: str, parts: list[str]
-) -> None:
+def test_a_wrong_override_is_one_line_with_place_key_and_hint(recipe: Path, override: str, parts: list[str]) -> None:
     said = message(recipe, override)
     for part in [*parts, f"override '{override}'"]:
         assert part in said
@@ -151,9 +149,7 @@ def test_a_wrong_override_is_one_line_with_place_key_and_hint(
 
 def test_several_mistakes_are_named_together_unknown_keys_first(recipe: Path) -> None:
     said = message(recipe, "optim.eps=a", "loop.bath_size=1")
-    assert said.startswith(
-        "unknown key 'loop.bath_size'; also wrong: optim.eps (override 'loop.bath_size=1')."
-    )
+    assert said.startswith("unknown key 'loop.bath_size'; also wrong: optim.eps (override 'loop.bath_size=1').")
 
 
 @pytest.mark.parametrize(
@@ -216,9 +212,7 @@ def test_yaml_keeps_times_ratios_dates_and_leading_zeros_as_text() -> None:
         (["loop.resume=a", "loop.init_from=b"], "resume and init_from both name a checkpoint"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(
-    recipe: Path, overrides: list[str], part: str
-) -> None:
+def test_settings_that_contradict_each_other_are_refused(recipe: Path, overrides: list[str], part: str) -> None:
     assert part in message(recipe, *overrides)
 
 
@@ -241,9 +235,7 @@ def test_a_section_is_checked_against_the_class_its_name_stands_for(recipe: Path
 
 
 def test_dump_reads_back_to_the_same_settings_and_digest(recipe: Path, tmp_path: Path) -> None:
-    first = load(
-        TrainConfig, recipe, ["optim.lr=3e-5", "loop.resume='1e-4'", "method.note=16:9", "method.on='yes'"]
-    )
+    first = load(TrainConfig, recipe, ["optim.lr=3e-5", "loop.resume='1e-4'", "method.note=16:9", "method.on='yes'"])
     (tmp_path / "effective.yaml").write_text(dump(first))
     second = load(TrainConfig, tmp_path / "effective.yaml")
     assert second == first
@@ -255,14 +247,8 @@ def test_dump_reads_back_to_the_same_settings_and_digest(recipe: Path, tmp_path:
 @settings(max_examples=100, deadline=None)
 @given(
     st.recursive(
-        st.none()
-        | st.booleans()
-        | st.integers()
-        | st.floats(allow_nan=False)
-        | st.text(st.characters(codec="utf-8")),
-        lambda below: (
-            st.lists(below, max_size=3) | st.dictionaries(st.text("abe1.-:", min_size=1), below, max_size=3)
-        ),
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8")),
+        lambda below: st.lists(below, max_size=3) | st.dictionaries(st.text("abe1.-:", min_size=1), below, max_size=3),
         max_leaves=8,
     )
 )
@@ -285,9 +271,7 @@ def test_a_recipe_is_found_by_path_or_short_name(tmp_path: Path, monkeypatch: py
         config.find("../config")
 
 
-def test_a_checkout_finds_the_recipes_beside_the_packages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkout_finds_the_recipes_beside_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "configs" / "vlm").mkdir(parents=True)
     (tmp_path / "configs" / "vlm" / "povid.yaml").write_text(RECIPE)
     monkeypatch.setattr(config, "__file__", str(tmp_path / "mmalign" / "config.py"))
@@ -305,7 +289,4 @@ def test_suggestions_prefer_the_same_section() -> None:
 
 def test_reading_a_config_does_not_import_torch() -> None:
     code = "import sys, mmalign.config; sys.exit('torch' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=False).returncode
-        == 0
-    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=False).returncode == 0

@@ -75,9 +75,7 @@ def test_own_pictures_from_check_to_pairs(tmp_path: Path, capsys: pytest.Capture
     assert image.open().getpixel((0, 0))[0] == 200  # type: ignore[index]  # RGB
 
 
-def test_the_split_is_by_hash_and_stays_when_data_grows(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_split_is_by_hash_and_stays_when_data_grows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     held: list[set[str]] = []
     for name, groups in (("few", 6), ("many", 9)):
         source, out = photos(tmp_path / name, groups, 1), tmp_path / f"{name}-store"
@@ -125,9 +123,7 @@ def test_check_prints_problems_up_to_the_limit(tmp_path: Path, capsys: pytest.Ca
     assert run(capsys, "check", source, *OWN, "--skip-images")[0] == 0
 
 
-def test_import_stops_at_a_bad_row_or_leaves_a_few_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_import_stops_at_a_bad_row_or_leaves_a_few_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = photos(tmp_path / "photos"), tmp_path / "store"
     (source / "photo0-0_w.png").write_bytes(b"broken")
     code, _, error = run(capsys, "import", source, "--out", out, *OWN)
@@ -180,9 +176,7 @@ def test_bad_sources_are_one_line_with_code_2(tmp_path: Path, capsys: pytest.Cap
     assert error == "mmalign: error: mmalign data: unknown 'chek'. Did you mean 'check'?\n"
 
 
-def test_stats_count_ties_gaps_duplicates_and_leaks(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_stats_count_ties_gaps_duplicates_and_leaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def image(shade: int) -> Media:
         return Media.from_image(Image.new("RGB", (4, 4), (shade, 0, 0)))
 

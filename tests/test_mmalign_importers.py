@@ -136,9 +136,7 @@ def test_wrong_columns_name_the_nearest(tmp_path: Path) -> None:
     row = pick(0)
     row["captions"] = row.pop("caption")
     file = parquet(tmp_path / "a.parquet", [row])
-    expected = (
-        f"there is no column 'caption', which the format 'pickapic' needs ({file}). Did you mean 'captions'?"
-    )
+    expected = f"there is no column 'caption', which the format 'pickapic' needs ({file}). Did you mean 'captions'?"
     assert refusal(file) == expected
     assert refusal(file, "pickapic") == expected
 
@@ -217,12 +215,10 @@ def test_hpd_rows_that_are_wrong(tmp_path: Path) -> None:
         "a.json row 2: prompt: expected text, got ['p'] (list)",
         "a.json row 3: image_path[1]: expected a file inside the data folder, "
         "got '../secret.jpg', which leaves the data folder",
-        "a.json row 4: image_path[1]: expected a file inside the data folder, "
-        "got the absolute path '/etc/passwd'",
+        "a.json row 4: image_path[1]: expected a file inside the data folder, got the absolute path '/etc/passwd'",
         "a.json row 5: image_path[1]: expected a file inside the data folder, "
         "got 'link.jpg', a link that leads out of the data folder",
-        "a.json row 6: image_path[1]: expected a file inside the data folder, "
-        "got 'none.jpg', which does not exist",
+        "a.json row 6: image_path[1]: expected a file inside the data folder, got 'none.jpg', which does not exist",
         "a.json row 7: human_preference: expected the column, got only image_path, prompt",
         "a.json row 8: row: expected an object, got 'not an object'",
         "a.json row 9: human_preference: expected numbers, got ['a', 'b'] (list)",
@@ -381,8 +377,7 @@ def test_native_rows_that_are_wrong(tmp_path: Path) -> None:
     keys = "a, b, label and perhaps a, b, confidence, label, milliseconds, rater"
     assert problems(jsonl(tmp_path / "a.jsonl", rows)) == [
         "a.jsonl row 0: candidates: expected a list of objects, got 'x'",
-        "a.jsonl row 1: candidates[0].scores: expected an object of finite numbers, "
-        "got {'clip': 'high'} (dict)",
+        "a.jsonl row 1: candidates[0].scores: expected an object of finite numbers, got {'clip': 'high'} (dict)",
         "a.jsonl row 2: candidates[0].seed: expected a whole number, got 1.5 (float)",
         f"a.jsonl row 3: votes[0]: expected the keys {keys}, got ['a', 'b'] (list)",
         "a.jsonl row 4: votes[0].label: expected a, b or tie, got 'left'",
@@ -399,9 +394,7 @@ def test_sidecars_that_are_wrong(tmp_path: Path) -> None:
     pictures(tmp_path, "secret.png")
     write_json(tmp_path / "d" / "a.json", {})
     (tmp_path / "d" / "b.json").write_text("{")
-    write_json(
-        tmp_path / "d" / "sub" / "c.json", {"prompt": "p", "chosen": "0.png", "rejected": "../../secret.png"}
-    )
+    write_json(tmp_path / "d" / "sub" / "c.json", {"prompt": "p", "chosen": "0.png", "rejected": "../../secret.png"})
     (tmp_path / "d" / "d.json").write_bytes(b'{"prompt": "caf\xe9"}')
     assert problems(tmp_path / "d") == [
         "a.json: candidates: expected a list of objects, got nothing",
@@ -471,9 +464,7 @@ def test_the_group_regex_names_the_photograph(tmp_path: Path) -> None:
 
 def test_a_folder_of_pairs_that_is_wrong(tmp_path: Path) -> None:
     root = tmp_path / "photos"
-    pictures(
-        root, "a_w.png", "b_w.png", "b_w.jpg", "b_l.png", "c.png", "d_w.png", "d_l.png", "e_w.png", "e_l.png"
-    )
+    pictures(root, "a_w.png", "b_w.png", "b_w.jpg", "b_l.png", "c.png", "d_w.png", "d_l.png", "e_w.png", "e_l.png")
     pictures(root, "f_w.png", "g_w.png", "g_l.png", "h_w.png", "h_l.png")
     pictures(tmp_path, "secret.png")
     (root / "f_l.png").symlink_to(tmp_path / "secret.png")
@@ -489,8 +480,7 @@ def test_a_folder_of_pairs_that_is_wrong(tmp_path: Path) -> None:
         "d: prompt: expected d.txt, d.json, a line of metadata.jsonl or --prompt, got none of them",
         "e: candidates[1].image: expected an image that opens, "
         "got 'cannot decode the image: cannot identify image file'",
-        "f: _l: expected a file inside the data folder, "
-        "got 'f_l.png', a link that leads out of the data folder",
+        "f: _l: expected a file inside the data folder, got 'f_l.png', a link that leads out of the data folder",
         "g: g.json: expected an object, got [1] (list)",
         "h: prompt: expected UTF-8 text, got 'this is not UTF-8 text: byte 3 is 0xe9'",
     ]
@@ -500,9 +490,7 @@ def test_folders_behind_links_are_not_entered(tmp_path: Path) -> None:
     pictures(tmp_path / "outside", "x_w.png", "x_l.png")
     pictures(tmp_path / "photos", "a_w.png", "a_l.png")
     (tmp_path / "photos" / "more").symlink_to(tmp_path / "outside")
-    assert [record.record_id for record in read(tmp_path / "photos", options=ImportOptions(prompt="p"))] == [
-        "a"
-    ]
+    assert [record.record_id for record in read(tmp_path / "photos", options=ImportOptions(prompt="p"))] == ["a"]
 
 
 # --- the source as a whole ---------------------------------------------------------------------------------

@@ -71,9 +71,7 @@ class TestScale:
             (5000.0, 262144, 0.00954),
         ],
     )
-    def test_equivalents_match_the_published_conversions(
-        self, beta: float, elements: int, as_sum: float
-    ) -> None:
+    def test_equivalents_match_the_published_conversions(self, beta: float, elements: int, as_sum: float) -> None:
         found = losses.equivalents(losses.logit_scale(beta, "mean_half"), elements)
         assert found["mean_half"] == beta
         assert found["mean"] == beta / 2
@@ -170,9 +168,7 @@ class TestDiffusionVectors:
                 close(1 - losses.kto(rewards, desirable, baseline), utility)
 
     def test_t10_drawn_labels_with_the_sft_anchor(self) -> None:
-        terms = PairTerms(
-            margin=margins(1.0, "mean"), scale=1.0, confidence=f64(1, 0, 1, 1), chosen_errors=CHOSEN
-        )
+        terms = PairTerms(margin=margins(1.0, "mean"), scale=1.0, confidence=f64(1, 0, 1, 1), chosen_errors=CHOSEN)
         close(weighted_sum({"soft": 1.0})(terms).mean(), 0.693009691497)
         close(weighted_sum({"soft": 1.0, "sft": 1.0})(terms).mean(), 0.855509691497)
 
@@ -217,9 +213,7 @@ class TestLanguageVectors:
 
     def test_sums_of_losses(self) -> None:
         nll = PairTerms(margin=self.H, scale=0.1, chosen_errors=f64(20 / 10))
-        close(
-            weighted_sum({"sigmoid": 1.0, "sft": 1.0})(nll), f64(2.620957)
-        )  # iterative-reasoning RPO, alpha 1
+        close(weighted_sum({"sigmoid": 1.0, "sft": 1.0})(nll), f64(2.620957))  # iterative-reasoning RPO, alpha 1
         divergence = PairTerms(margin=self.H, scale=0.1, chosen_errors=f64(0.8))
         close(weighted_sum({"sigmoid": 1.0, "sft": 0.01})(divergence), f64(0.628957))  # RRPO, alpha 0.01
         image_margin = f64(0.1 * ((-20 + 26) - (-21 + 25)))
@@ -296,14 +290,10 @@ class TestIdentities:
     @pytest.mark.parametrize(
         ("loss", "minimum"),
         [
-            pytest.param(
-                PAIRWISE["conservative"], math.log(0.9 / 0.1), id="conservative: sigmoid(h) = 1 - f"
-            ),
+            pytest.param(PAIRWISE["conservative"], math.log(0.9 / 0.1), id="conservative: sigmoid(h) = 1 - f"),
             pytest.param(PAIRWISE["soft"], math.log(0.7 / 0.3), id="soft: sigmoid(h) = p"),
             pytest.param(PAIRWISE["ipo"], 2.0 / (2 * 0.8), id="ipo: h / k = 1 / (2 tau)"),
-            pytest.param(
-                PAIRWISE["reward_difference"], 0.6 / 0.3, id="reward difference: h = gap / temperature"
-            ),
+            pytest.param(PAIRWISE["reward_difference"], 0.6 / 0.3, id="reward difference: h = gap / temperature"),
         ],
     )
     def test_the_gradient_vanishes_at_the_stated_minimum_and_changes_sign(
@@ -372,16 +362,12 @@ class TestKTO:
         baseline = torch.tensor(0.42, dtype=torch.float64)
         good = 1.5 * (1 - torch.sigmoid(self.REWARDS - baseline))
         bad = 0.5 * (1 - torch.sigmoid(baseline - self.REWARDS))
-        actual = losses.kto(
-            self.REWARDS, self.DESIRABLE, baseline, desirable_weight=1.5, undesirable_weight=0.5
-        )
+        actual = losses.kto(self.REWARDS, self.DESIRABLE, baseline, desirable_weight=1.5, undesirable_weight=0.5)
         close(actual, torch.where(self.DESIRABLE, good, bad), 1e-12)
 
     def test_default_weights_are_one(self) -> None:
         baseline = torch.zeros((), dtype=torch.float64)
-        weighted = losses.kto(
-            self.REWARDS, self.DESIRABLE, baseline, desirable_weight=1.0, undesirable_weight=1.0
-        )
+        weighted = losses.kto(self.REWARDS, self.DESIRABLE, baseline, desirable_weight=1.0, undesirable_weight=1.0)
         assert torch.equal(losses.kto(self.REWARDS, self.DESIRABLE, baseline), weighted)
 
     def test_autograd_agrees_with_finite_differences(self) -> None:
@@ -469,9 +455,7 @@ class TestKTO:
                 process.kill()
 
 
-def prdp_plainly(
-    rho: Tensor, old: Tensor, rewards: Tensor, temperature: float, clip: float, over_steps: str
-) -> Tensor:
+def prdp_plainly(rho: Tensor, old: Tensor, rewards: Tensor, temperature: float, clip: float, over_steps: str) -> Tensor:
     """One prompt, pair by pair, as the paper writes it."""
     count = rho.shape[0]
     total, pairs = rho.new_zeros(()), 0

@@ -93,9 +93,7 @@ def test_every_mutation_of_a_loss_is_caught(tmp_path: Path) -> None:
     folders = ["unchanged"]
     _write(tmp_path / "unchanged", source)
     for index, (loss, fragment, replacement) in enumerate(MUTATIONS):
-        assert source.count(fragment) == 1, (
-            f"{loss}: {fragment!r} stands {source.count(fragment)} times in losses.py"
-        )
+        assert source.count(fragment) == 1, f"{loss}: {fragment!r} stands {source.count(fragment)} times in losses.py"
         folders.append(f"{index:02}")
         _write(tmp_path / folders[-1], source.replace(fragment, replacement))
 
@@ -104,9 +102,7 @@ def test_every_mutation_of_a_loss_is_caught(tmp_path: Path) -> None:
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stdout + run.stderr
     results = dict(
-        json.loads(line.removeprefix("caught "))
-        for line in run.stdout.splitlines()
-        if line.startswith("caught ")
+        json.loads(line.removeprefix("caught ")) for line in run.stdout.splitlines() if line.startswith("caught ")
     )
     assert list(results) == folders
 

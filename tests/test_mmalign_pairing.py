@@ -38,9 +38,7 @@ def voted(name: str, *votes: tuple[int, int, str], confidence: float | None = No
     )
 
 
-def pairs(
-    records: Sequence[Record], summary: PairingSummary | None = None, **options: Any
-) -> list[Preference]:
+def pairs(records: Sequence[Record], summary: PairingSummary | None = None, **options: Any) -> list[Preference]:
     return list(make_pairs(records, Pairing(**options), summary))
 
 
@@ -102,10 +100,7 @@ def test_several_scores_ask_for_a_name() -> None:
     )
     assert short(pairs([both], score="clip")) == [("r/c0~c1", "b", 1.0)]
     assert short(pairs([both], score="hps")) == [("r/c0~c1", "a", 1.0)]
-    assert (
-        refusal([both], score="clp")
-        == "no candidate has the score 'clp' (pairing.score). Did you mean 'clip'?"
-    )
+    assert refusal([both], score="clp") == "no candidate has the score 'clp' (pairing.score). Did you mean 'clip'?"
 
 
 def test_a_record_without_the_score_is_unjudged() -> None:
@@ -191,8 +186,7 @@ def test_all_ties_are_refused(ties: str) -> None:
 def test_no_pairs_and_no_records_are_refused() -> None:
     assert refusal([]) == "there are no records to pair. Check the data path and the split"
     assert refusal([scored("r", 0.0, 1.0)], min_gap=2.0) == (
-        "pairing gave no pairs (0 pairs from 1 records; left out: 1 below min_gap). "
-        "Lower min_gap or raise max_gap"
+        "pairing gave no pairs (0 pairs from 1 records; left out: 1 below min_gap). Lower min_gap or raise max_gap"
     )
     assert refusal([scored("r", 1.0)]) == (
         "pairing gave no pairs (0 pairs from 1 records, 1 records without a comparison). "

@@ -173,8 +173,7 @@ def test_a_corrupt_image_names_its_row() -> None:
     with pytest.raises(UserError) as error:
         Media(data=b"not an image", place="train.parquet row 12 jpg_0").open()
     assert cause(error) == (
-        "cannot decode the image: cannot identify image file (train.parquet row 12 jpg_0). "
-        "Replace or remove the file"
+        "cannot decode the image: cannot identify image file (train.parquet row 12 jpg_0). Replace or remove the file"
     )
 
 
@@ -188,9 +187,7 @@ def test_a_bomb_is_refused_by_its_header(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(media_module, "MAX_PIXELS", 47)
     with pytest.raises(UserError) as error:
         Media(data=png(1), place="big.png").open()
-    assert cause(error) == (
-        "the image has 8 x 6 pixels, the limit is 47 (big.png). Scale it down before importing it"
-    )
+    assert cause(error) == ("the image has 8 x 6 pixels, the limit is 47 (big.png). Scale it down before importing it")
 
 
 @pytest.mark.parametrize("limit", [20, 40])  # Pillow raises an error above twice its limit, warns below
@@ -350,9 +347,7 @@ def test_a_failing_rewrite_changes_nothing(tmp_path: Path) -> None:
     store = Store.write([record(0), record(1)], tmp_path / "s", shard_rows=1)
     before = sorted(path.name for path in (tmp_path / "s").iterdir())
     with pytest.raises(UserError, match=r"scores.bad: expected a finite number, got nan"):
-        store.add_scores(
-            "bad", lambda item: {"0": float("nan") if item.record_id == "r1" else 1.0}, scorer="b@1"
-        )
+        store.add_scores("bad", lambda item: {"0": float("nan") if item.record_id == "r1" else 1.0}, scorer="b@1")
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == before
     assert list(Store.open(tmp_path / "s").records()) == [record(0), record(1)]
 
@@ -429,10 +424,7 @@ def test_write_refuses_what_is_there(tmp_path: Path) -> None:
     Store.write([record(0)], tmp_path / "s")  # an empty folder is fine
     with pytest.raises(UserError) as error:
         Store.write([record(0)], tmp_path / "s")
-    assert (
-        cause(error)
-        == f"something is here already ({tmp_path / 's'}). Choose another name or delete it first"
-    )
+    assert cause(error) == f"something is here already ({tmp_path / 's'}). Choose another name or delete it first"
 
 
 def test_write_refuses_duplicate_ids_and_nothing_at_all(tmp_path: Path) -> None:
@@ -549,10 +541,8 @@ def test_each_wrong_field_is_named_with_its_row() -> None:
     )
     assert problems(bad) == [
         "x.jsonl row 4: prompt: expected text that is not empty, got ' '",
-        "x.jsonl row 4: context: expected plain JSON values, "
-        "got Object of type PosixPath is not JSON serializable",
-        "x.jsonl row 4: candidates[0].seed: expected a whole number of at most 64 bits, "
-        "got 18446744073709551616 (int)",
+        "x.jsonl row 4: context: expected plain JSON values, got Object of type PosixPath is not JSON serializable",
+        "x.jsonl row 4: candidates[0].seed: expected a whole number of at most 64 bits, got 18446744073709551616 (int)",
         "x.jsonl row 4: candidates[0].scores.clip: expected a finite number, got inf (float)",
         "x.jsonl row 4: candidates[1].candidate_id: expected an id used once in the record, got '0'",
         "x.jsonl row 4: candidates[2]: expected an image or a text, got neither",
@@ -596,9 +586,7 @@ def test_duplicates_emptiness_and_ties_are_found_as_a_whole() -> None:
         candidates=(Candidate(candidate_id="a", text="x"), Candidate(candidate_id="b", text="y")),
         votes=(Vote(a="a", b="b", label="tie"),),
     )
-    assert problems(tied) == [
-        "all rows: votes and scores: expected at least one that prefers a candidate, got 1 ties"
-    ]
+    assert problems(tied) == ["all rows: votes and scores: expected at least one that prefers a candidate, got 1 ties"]
 
 
 def test_a_problem_as_an_error_has_cause_place_and_fix() -> None:

@@ -97,9 +97,7 @@ leaves = (
             torch.ones(2, dtype=torch.bfloat16),
         ]
     )
-    | st.sampled_from(
-        [np.arange(3, dtype=np.uint32), np.full((1, 1), 1.5, dtype="float32"), np.zeros((0, 2))]
-    )
+    | st.sampled_from([np.arange(3, dtype=np.uint32), np.full((1, 1), 1.5, dtype="float32"), np.zeros((0, 2))])
 )
 scalars = st.text("$a/", max_size=3) | st.integers() | st.booleans() | st.none() | st.floats(allow_nan=False)
 trees = st.recursive(

@@ -19,9 +19,7 @@ class TestWilson:
     def test_eight_of_ten_by_hand(self) -> None:
         assert statistics.wilson_interval(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-7)
 
-    @pytest.mark.parametrize(
-        ("wins", "n"), [(0, 1), (1, 1), (0, 20), (3, 20), (10, 20), (250, 500), (500, 500)]
-    )
+    @pytest.mark.parametrize(("wins", "n"), [(0, 1), (1, 1), (0, 20), (3, 20), (10, 20), (250, 500), (500, 500)])
     @pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
     def test_agrees_with_scipy(self, wins: int, n: int, confidence: float) -> None:
         expected = scipy.stats.binomtest(wins, n).proportion_ci(confidence, method="wilson")
@@ -57,9 +55,7 @@ class TestBootstrap:
         values = np.random.default_rng(1).normal(0.3, 2.0, 2000)
         low, high = statistics.bootstrap_interval(values, resamples=4000)
         error = values.std() / math.sqrt(2000)
-        assert (low, high) == pytest.approx(
-            (values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.01
-        )
+        assert (low, high) == pytest.approx((values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.01)
 
     def test_agrees_with_scipy(self) -> None:
         values = np.random.default_rng(2).exponential(1.0, 60)
@@ -160,9 +156,7 @@ class TestPermutation:
 
     def test_equal_magnitudes_make_it_the_sign_test(self) -> None:
         differences = [1.0] * 9 + [-1.0] * 3 + [0.0] * 4
-        assert statistics.permutation_test(differences) == pytest.approx(
-            statistics.sign_test(differences), rel=1e-9
-        )
+        assert statistics.permutation_test(differences) == pytest.approx(statistics.sign_test(differences), rel=1e-9)
 
     @pytest.mark.parametrize("tenths", [(-7, -3, 7), (-7, -7, -3, -1), (-7, -7, -3, -1, -1)])
     def test_rounding_does_not_hide_equal_sums(self, tenths: tuple[int, ...]) -> None:
@@ -244,17 +238,13 @@ class TestPairedReport:
         assert theirs.win_rate == pytest.approx(1 - ours.win_rate)
         assert theirs.p_value == pytest.approx(ours.p_value)
         assert theirs.ci95 == pytest.approx((1 - ours.ci95[1], 1 - ours.ci95[0]), abs=1e-9)
-        assert theirs.mean_difference_ci95 == pytest.approx(
-            [-end for end in reversed(ours.mean_difference_ci95)]
-        )
+        assert theirs.mean_difference_ci95 == pytest.approx([-end for end in reversed(ours.mean_difference_ci95)])
 
     def test_seeds_of_one_prompt_are_one_cluster(self) -> None:
         generator = np.random.default_rng(13)
         base, tuned = np.zeros(40), generator.normal(0.5, 1.0, 40)
         alone = statistics.paired_report(base, tuned)
-        eightfold = statistics.paired_report(
-            np.repeat(base, 8), np.repeat(tuned, 8), np.repeat(np.arange(40), 8)
-        )
+        eightfold = statistics.paired_report(np.repeat(base, 8), np.repeat(tuned, 8), np.repeat(np.arange(40), 8))
         assert (eightfold.n, eightfold.prompts) == (320, 40)
         for field in ("win_rate", "ci95", "p_value", "mean_difference", "mean_difference_ci95", "mde"):
             assert getattr(eightfold, field) == pytest.approx(getattr(alone, field), abs=1e-12)

@@ -123,9 +123,7 @@ def test_a_tracker_that_is_not_installed_is_one_line(
     module = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}[name]
     monkeypatch.setitem(sys.modules, module, None)
     Tracker(tmp_path, ["jsonl"]).close()
-    with pytest.raises(
-        UserError, match=rf"{name} is not installed \(loop\.trackers\)\. Run `pip install {name}`"
-    ):
+    with pytest.raises(UserError, match=rf"{name} is not installed \(loop\.trackers\)\. Run `pip install {name}`"):
         Tracker(tmp_path, [name])
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]  # the earlier log is where it was
 
@@ -176,9 +174,7 @@ def test_wandb_is_the_same_run_again_after_a_resume(tmp_path: Path, wandb: Any) 
     assert wandb.runs[1].options["id"] == "abc"
     Tracker(tmp_path / "mine", ["wandb"]).close()
     assert wandb.runs[2].options["id"] is None  # another run
-    assert steps(tmp_path / "mine" / "metrics-earlier-1.jsonl") == [
-        1
-    ]  # JSON lines are written whatever is asked
+    assert steps(tmp_path / "mine" / "metrics-earlier-1.jsonl") == [1]  # JSON lines are written whatever is asked
 
 
 def test_wandb_that_will_not_start_is_one_line(tmp_path: Path, wandb: Any) -> None:
@@ -196,9 +192,7 @@ def test_wandb_that_will_not_start_is_one_line(tmp_path: Path, wandb: Any) -> No
 
 def test_a_grid_is_written_under_a_safe_name(tmp_path: Path) -> None:
     with Tracker(tmp_path, ["jsonl"]) as tracker:
-        path = tracker.images(
-            30, "../base: before", [Image.new("RGB", (16, 16), "red")] * 3, ["a", "b", "c" * 500]
-        )
+        path = tracker.images(30, "../base: before", [Image.new("RGB", (16, 16), "red")] * 3, ["a", "b", "c" * 500])
     assert path == tmp_path / "samples" / "-base-before-00000030.png"
     with Image.open(path) as sheet:
         assert sheet.format == "PNG"
@@ -272,9 +266,7 @@ def test_a_log_gets_a_line_now_and_then_with_rate_and_remaining_time(
     ]
 
 
-def test_slow_work_is_shown_in_seconds_each_and_hours(
-    clock: Clock, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_slow_work_is_shown_in_seconds_each_and_hours(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     bar = Progress(1000, "train")
     clock.now += 20
     bar.update(2, note="warm")

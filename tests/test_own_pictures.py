@@ -63,9 +63,7 @@ def test_the_readme_takes_a_folder_of_photographs_to_a_lora_file(tmp_path: Path)
     assert [words[1] for words in commands] == ["data", "data", "data", "data", "train", "accuracy", "export"]
     said = {}
     for words in commands:
-        done = subprocess.run(
-            [sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, timeout=600
-        )
+        done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
         said[words[1]] = done.stdout
     found = re.search(r"accuracy ([\d.]+) \[([\d.]+), ([\d.]+)\]", said["accuracy"])
