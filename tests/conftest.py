@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis
 import pytest
 from jaxtyping import install_import_hook
 
@@ -25,6 +26,11 @@ os.environ["MPLBACKEND"] = "Agg"
 # which takes an int for a float as every other type checker does.
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 install_import_hook(["mmalign", "evaluators", "diffusion", "vlm"], CHECKER)
+
+
+# The same examples in every run: a change is judged by what it changes, not by the luck of a draw.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 
 
 class NetworkUse(AssertionError):

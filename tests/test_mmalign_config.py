@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
@@ -252,6 +252,8 @@ def test_dump_reads_back_to_the_same_settings_and_digest(recipe: Path, tmp_path:
         max_leaves=8,
     )
 )
+@example("\x85")
+@example("a \u2028\u2029 b\n")
 def test_any_value_survives_being_written_and_read(value: object) -> None:
     assert yamltext.parse(yamltext.write({"value": value}), "here")[0] == {"value": value}
 
