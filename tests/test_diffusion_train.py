@@ -212,32 +212,35 @@ POINTS: dict[str, tuple[list[Any], int, str | None]] = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param({**LONG, "adapter": {"dropout": 0.2}}, id="lora with dropout"),
-        pytest.param({**LONG, **FULL}, id="full"),
-    ],
-)
-def test_resumed_equals_uninterrupted_bit_for_bit(tiny: Tiny, tmp_path: Path, kind: dict[str, Any]) -> None:
-    runs = {point: tmp_path / str(number) for number, point in enumerate(POINTS)}
-    recipes = {point: str(tiny.recipe(run, **kind)) for point, run in runs.items()}
-    whole = str(tiny.recipe(tmp_path / "whole", **kind))
-    interrupted = [{"recipe": recipes[point], "interrupt": POINTS[point][0]} for point in POINTS]
-    codes = run_jobs([{"recipe": whole}, *interrupted], tmp_path)
-    assert codes == [0, *(code for _, code, _ in POINTS.values())]
-    for point, (_, _, expected) in POINTS.items():
-        found = sorted(path.name for path in runs[point].glob("checkpoint-*"))
-        assert (found[-1] if found else None) == expected, point
+@pytest.fixture(scope="module")
+def interrupted(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[int, str | None]]]:
+    """Every run of the next test, in one process that forks: for each kind one whole run, and each point twice."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    jobs = {}
+    for name, kind in {"lora": {"adapter": {"dropout": 0.2}}, "full": FULL}.items():
+        jobs[f"{name} whole"] = {"recipe": str(tiny.recipe(folder / name / "whole", **LONG, **kind))}
+        for number, (point, (interrupt, _, _)) in enumerate(POINTS.items()):
+            recipe = str(tiny.recipe(folder / name / str(number), **LONG, **kind))
+            jobs[f"{name} {point}"] = {"recipe": recipe, "interrupt": interrupt}
+            jobs[f"{name} {point}, again"] = {"recipe": recipe}
+    return folder, dict(zip(jobs, run_jobs(list(jobs.values()), folder), strict=True))
 
-    assert run_jobs([{"recipe": recipe} for recipe in recipes.values()], tmp_path) == [0] * len(POINTS)
-    expected_files, expected_lines = contents(tmp_path / "whole"), lines(tmp_path / "whole")
-    assert any(name.startswith("model_ema/") for name in expected_files)
-    for point, run in runs.items():
-        assert newest(run).name == "checkpoint-00000007"
-        assert contents(run) == expected_files, point  # weights, average, optimizer, guard: every byte
-        assert lines(run) == expected_lines, point  # every step once
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "full"])  # lora with dropout, both with an average
+def test_resumed_equals_uninterrupted_bit_for_bit(
+    interrupted: tuple[Path, dict[str, tuple[int, str | None]]], kind: str
+) -> None:
+    folder, ended = interrupted
+    assert ended[f"{kind} whole"] == (0, "checkpoint-00000007")
+    whole, whole_lines = contents(folder / kind / "whole"), lines(folder / kind / "whole")
+    assert any(name.startswith("model_ema/") for name in whole)
+    for number, (point, (_, code, left)) in enumerate(POINTS.items()):
+        run = folder / kind / str(number)
+        assert ended[f"{kind} {point}"] == (code, left), point
+        assert ended[f"{kind} {point}, again"] == (0, "checkpoint-00000007"), point
+        assert contents(run) == whole, point  # weights, average, optimizer, guard: every byte
+        assert lines(run) == whole_lines, point  # every step once
         assert not list(run.glob(".checkpoint*")), point
 
 
@@ -252,8 +255,8 @@ def test_two_processes_equal_one_with_twice_the_batch(tiny: Tiny, tmp_path: Path
         recipes[name] = str(tiny.recipe(tmp_path / f"two-{name}", **{**kind, "loop": {**short, "batch_size": 2}}))
     # only the second process hears the signal, both stop after the same update, and the next start goes on
     stopped = {"recipe": recipes["lora"], "interrupt": [SIGTERM, "forward", 3], "rank": 1}
-    codes = run_jobs([stopped, {"recipe": recipes["lora"]}, {"recipe": recipes["full"]}], tmp_path, processes=2)
-    assert codes == [143, 0, 0]
+    ended = run_jobs([stopped, {"recipe": recipes["lora"]}, {"recipe": recipes["full"]}], tmp_path, processes=2)
+    assert ended == [(143, "checkpoint-00000003"), (0, "checkpoint-00000004"), (0, "checkpoint-00000004")]
     for name in kinds:
         assert_close(tmp_path / f"one-{name}", tmp_path / f"two-{name}")
         assert [line["step"] for line in lines(tmp_path / f"two-{name}")] == [1, 2, 3, 4]

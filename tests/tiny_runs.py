@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -146,8 +145,10 @@ def contents(run: Path) -> dict[str, object]:
 # ------------------------------------------------------------------------------------------------ as a script
 
 
-def run_jobs(jobs: Sequence[Mapping[str, Any]], folder: Path, *, processes: int = 1) -> list[int]:
-    """Run jobs `{"recipe": file, "interrupt": ..., "rank": ...}` in a process of their own; their exit codes.
+def run_jobs(jobs: Sequence[Mapping[str, Any]], folder: Path, *, processes: int = 1) -> list[tuple[int, str | None]]:
+    """Run jobs `{"recipe": file, "interrupt": ..., "rank": ...}`, each in a process of its own.
+
+    Returns, for each, the exit code (-n: ended by signal n) and the newest checkpoint that it left.
 
     `interrupt` is [signal, "forward", n] (as the n-th forward of an update's loss begins, counted from 1) or
     [signal, "save", n] (when the n-th folder of weights is written but not its checkpoint).
@@ -166,8 +167,7 @@ def run_jobs(jobs: Sequence[Mapping[str, Any]], folder: Path, *, processes: int 
         [*launcher, str(Path(__file__)), str(file)], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    codes: list[int] = json.loads(done.stdout.splitlines()[-1])
-    return codes
+    return [(code, left) for code, left in json.loads(done.stdout.splitlines()[-1])]
 
 
 def interrupt(number: int, where: str, count: int) -> None:
@@ -219,18 +219,25 @@ def forked(job: Mapping[str, Any]) -> int:
 def main() -> None:
     import torch
 
-    import diffusion.train  # noqa: F401  # once, before the forks
+    from diffusion.models import load_model
+    from diffusion.recipe import TrainConfig
+    from diffusion.train import main as _  # noqa: F401  # imported once, before the forks
+    from mmalign import config
 
     torch.set_num_threads(1)
     jobs = json.loads(Path(sys.argv[1]).read_text())
     together = "RANK" in os.environ
-    codes = []
+    if not together:
+        load_model(config.load(TrainConfig, jobs[0]["recipe"]).model)  # and what diffusers imports late
+    results = []
     for job in jobs:
-        before = signal.getsignal(signal.SIGTERM)
-        codes.append(run_job(job) if together else forked(job))
-        signal.signal(signal.SIGTERM, before)
+        code = run_job(job) if together else forked(job)
+        left = sorted(
+            path.name for path in config.load(TrainConfig, job["recipe"]).loop.output_dir.glob("checkpoint-*")
+        )
+        results.append((code, left[-1] if left else None))
     if os.environ.get("RANK", "0") == "0":
-        print(json.dumps(codes), flush=True)
+        print(json.dumps(results), flush=True)
     if together:
         torch.distributed.destroy_process_group()
 
