@@ -51,7 +51,7 @@ def test_a_whole_report() -> None:
             assert 0 < variant["imports_gb"] < variant["peak_gb"]
         assert part["floor"]["seconds_per_step"]["median"] > 0
         assert {"data", "optimizer", "draws_errors_and_loss", "gradient_norm_and_clipping"} < set(part["rest"])
-        assert {"pairs_per_second: ours / plain", "peak_memory: ours / plain", "step: ours / floor"} < set(
+        assert {"pairs_per_second: ours / plain", "peak_memory: ours / plain", "step: ours / floor"} <= set(
             part["ratios"]
         )
     lora, full = (report[train]["model"] for train in ("lora", "full"))
