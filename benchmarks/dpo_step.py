@@ -33,7 +33,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.harness import log, machine, peak_gb, resident_gb, seconds, spread, versions
+from benchmarks.harness import log, machine, seconds, spread, versions
 from benchmarks.plain_dpo import PlainBatch, PlainDPO
 from benchmarks.sizes import Precision, build_pipeline
 from diffusion import adapters, cache
@@ -47,6 +47,7 @@ from diffusion.train import batch_source, make_reference
 from mmalign.config import LoopSettings, NamedSection, OptimSettings
 from mmalign.loop import Loop, trainable
 from mmalign.media import Media
+from mmalign.memory import peak_gb, resident_gb
 from mmalign.records import Preference, Side
 from mmalign.shapes import scenes
 
@@ -87,7 +88,8 @@ class Ours:
         config = recipe(case, folder, cached)
         self.model = DiffusionModel(case.pipeline(), config.model)
         adapters.set_attention(self.model.unet, "sdpa")
-        self.data = cache.prepare(self.model, preferences(case, self.model.resolution), config.data)
+        pairs = preferences(case, self.model.resolution)
+        self.data = cache.prepare(self.model, pairs, config.data, release_texts=True)
         self.model.release_encoders()
         unet = self.model.unet
         original = None if config.adapter else adapters.frozen_copy(unet)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -37,20 +36,6 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, least and most."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def resident_gb() -> float:
-    """Peak resident memory of this program so far, in GiB."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # of this program alone: getrusage goes on counting from the process that started it
-        high = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(high.split()[1]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
-
-
-def peak_gb(device: torch.device) -> float:
-    """Peak memory of this process so far where the work is done, in GiB."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else resident_gb()
 
 
 def machine(device: torch.device) -> dict[str, Any]:

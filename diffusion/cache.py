@@ -43,8 +43,18 @@ THREADS = 4
 PROMPT_BATCH = 64
 
 
-def prepare(model: DiffusionModel, preferences: Sequence[Preference], settings: LatentSettings) -> PairData:
+def prepare(
+    model: DiffusionModel,
+    preferences: Sequence[Preference],
+    settings: LatentSettings,
+    *,
+    release_texts: bool = False,
+) -> PairData:
     """Encode pairs, or find them encoded. Runs where the model is; needs its encoders.
+
+    Args:
+        release_texts: free the text encoders once prompts are encoded: they and the VAE at work are what a run with
+            an adapter needs most memory for.
 
     Raises:
         UserError: no pairs, an id used twice, a tie without a probability, a response that is not a picture or not
@@ -55,7 +65,7 @@ def prepare(model: DiffusionModel, preferences: Sequence[Preference], settings: 
     key = _key(model, pairs, settings, sizes)
 
     def fill(folder: arrays.Folder) -> None:
-        _encode(model, pairs, settings, sizes, folder)
+        _encode(model, pairs, settings, sizes, folder, release_texts)
 
     contents = arrays.in_memory(fill) if settings.cache is None else arrays.on_disk(settings.cache, key, fill)
     return PairData(model, preferences, settings, sizes, key, pairs, contents)
@@ -188,6 +198,7 @@ def _encode(
     settings: LatentSettings,
     sizes: Sequence[Size],
     folder: arrays.Folder,
+    release_texts: bool,
 ) -> None:
     """Fill a folder: every picture once per view, every prompt once."""
     jobs: dict[Size, list[_Job]] = {size: [] for size in sizes}
@@ -208,6 +219,8 @@ def _encode(
                 table[index, 1 + 2 * number + side] = rows[what]
     folder.add("pairs", table)
     _encode_prompts(model, pairs, settings, folder)
+    if release_texts:
+        model.release_texts()
     for size, wanted in jobs.items():
         if wanted:
             _encode_pictures(model, wanted, size, settings, folder)

@@ -217,13 +217,22 @@ class DiffusionModel:
         """SDXL's size conditioning, in pixels: (height, width), (top, left), (height, width)."""
         return torch.tensor([[*original, *crop, *target]], dtype=torch.float32)
 
-    def release_encoders(self, *, keep_vae: bool = False) -> None:
-        """Free the text encoders, and the VAE unless validation samples will need it."""
+    def release_texts(self) -> None:
+        """Free the text encoders; the empty prompt is kept."""
         for zeros in {self._zeros_by_default, self.settings.empty_prompt == "zeros"}:
             self._without_prompt(zeros)
-        names = ["text_encoder", "text_encoder_2"] if self.family == "sdxl" else ["text_encoder"]
-        for name in names if keep_vae else [*names, "vae"]:
-            setattr(self.pipeline, name, None)
+        self._release("text_encoder", "text_encoder_2")
+
+    def release_encoders(self) -> None:
+        """Free the text encoders and the VAE."""
+        if self.pipeline.text_encoder is not None:
+            self.release_texts()
+        self._release("vae")
+
+    def _release(self, *names: str) -> None:
+        for name in names:
+            if getattr(self.pipeline, name, None) is not None:
+                setattr(self.pipeline, name, None)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

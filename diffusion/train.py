@@ -25,7 +25,8 @@ from mmalign import config as configuration
 from mmalign import method as methods
 from mmalign.cli import Parser, run_entry
 from mmalign.errors import UserError
-from mmalign.loop import Hooks, Loop, check_machine, peak_memory_gb, processes, trainable, weights_layout
+from mmalign.loop import Hooks, Loop, check_machine, processes, trainable, weights_layout
+from mmalign.memory import peak_gb
 from mmalign.order import Order, share
 from mmalign.pairing import PairingSummary, make_pairs
 from mmalign.preferences import Store
@@ -47,8 +48,9 @@ def train(config: TrainConfig) -> int:
     ensure_store(config, model)
     pairs, pairing_note = read_pairs(config)
     # what is cached depends on frozen encoders alone, so it is made before anything is prepared for training
-    data = cache.prepare(model, pairs, config.data)
-    if not (config.loop.sample_every and config.validation.prompts):
+    samples = bool(config.loop.sample_every and config.validation.prompts)
+    data = cache.prepare(model, pairs, config.data, release_texts=not samples)
+    if not samples:
         model.release_encoders()
 
     unet = model.unet
@@ -209,7 +211,7 @@ def announce(config: TrainConfig, loop: Loop, parts: Parts, data: PairData, note
         f"accumulated x {loop.accelerator.num_processes} processes",
         "updates": f"{settings.steps} = {settings.steps * loop.pairs_per_update / len(data):.1f} epochs",
         "precision": f"{settings.precision}, attention {settings.attention}",
-        "expected": f"about {duration(seconds)}, from one forward; {peak_memory_gb():.1f} GB in use before training",
+        "expected": f"about {duration(seconds)}, from one forward; {peak_gb():.1f} GB in use before training",
         "output": str(settings.output_dir),
     }
     width = max(map(len, block))

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from mmalign import __version__
 from mmalign.errors import UserError, nearest
@@ -42,7 +42,13 @@ VERBS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are `UserError`s: one line like every other, rather than a page of usage."""
+    """argparse whose complaints are `UserError`s: one line like every other, rather than a page of usage.
+
+    Descriptions are printed as they are written: example commands keep their lines.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message: str) -> NoReturn:
         choice = re.search(r"invalid choice: '?(.+?)'? \(choose from (.+)\)", message)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from mmalign import checkpoint
 from mmalign.config import LoopSettings, OptimSettings
 from mmalign.errors import UserError
+from mmalign.memory import peak_gb
 from mmalign.method import Method
 from mmalign.optimizers import Average, make_optimizer, rate
 from mmalign.progress import Progress
@@ -234,7 +235,7 @@ class Loop:
         values = self.accelerator.reduce(values, reduction="mean")
         line = dict(zip(names, values.tolist(), strict=True))
         line["throughput/pairs_per_second"] = self.pairs_per_update * updates / max(seconds, 1e-9)
-        line["memory/peak_gb"] = peak_memory_gb()
+        line["memory/peak_gb"] = peak_gb()
         return line
 
     @contextlib.contextmanager
@@ -456,17 +457,6 @@ def check_zero_margin(means: Mapping[str, Tensor]) -> None:
             place="update 1",
             fix="Check that both use the same weights and precision.",
         )
-
-
-def peak_memory_gb() -> float:
-    """Peak memory of this process: on the GPU if there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def trainable(parameters: Sequence[nn.Parameter]) -> int:

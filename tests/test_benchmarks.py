@@ -15,8 +15,8 @@ import tiny_models
 import torch
 
 from benchmarks.dpo_step import MAKE, VARIANTS, WARM_UP, Case, Floor, Ours, Plain
-from benchmarks.harness import resident_gb
 from diffusion.parts import draw_timesteps
+from mmalign.memory import resident_gb
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,7 +61,7 @@ def test_a_whole_report() -> None:
 def test_the_memory_of_a_process_is_its_own() -> None:
     held = torch.ones(2**26)  # a quarter of a GiB that the new process must not be charged for
     before = resident_gb()
-    command = [sys.executable, "-c", "from benchmarks.harness import resident_gb; print(resident_gb())"]
+    command = [sys.executable, "-c", "from mmalign.memory import resident_gb; print(resident_gb())"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert held.sum() > 0
     assert 0 < float(done.stdout) < before

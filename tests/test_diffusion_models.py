@@ -644,7 +644,7 @@ def test_sampling_with_another_unet_and_without_encoders(opened: Callable[..., D
         model.unet.requires_grad_(True)
         perturb(model.unet)
         encoded = model.encode_prompts(PROMPTS)
-        model.release_encoders(keep_vae=True)
+        model.release_texts()
         assert (arrays(model.sample(encoded, seeds=[1, 2, 3], unet=other, **OPTIONS)) == expected).all()
         assert (arrays(model.sample(encoded, seeds=[1, 2, 3], **OPTIONS)) != expected).any()
         with pytest.raises(ValueError, match="released"):

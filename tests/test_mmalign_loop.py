@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from mmalign import checkpoint
 from mmalign.config import LoopSettings, OptimSettings
 from mmalign.errors import UserError
-from mmalign.loop import Hooks, Loop, check_machine, check_zero_margin, peak_memory_gb, trainable, weights_layout
+from mmalign.loop import Hooks, Loop, check_machine, check_zero_margin, trainable, weights_layout
+from mmalign.memory import peak_gb
 from mmalign.method import Metrics, OneLoss
 from mmalign.order import Order, share
 from mmalign.randomness import Draws, key_seed
@@ -558,7 +559,7 @@ def test_only_fsdp_needs_contiguous_weights(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_sizes() -> None:
     assert trainable(list(network().parameters())) == 3 * 8 + 8 + 8 + 1
-    assert 0.01 < peak_memory_gb() < 1000
+    assert 0.01 < peak_gb() < 1000
 
 
 # ----------------------------------------------------------------------------------------------------- machine
