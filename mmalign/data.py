@@ -26,6 +26,7 @@ from mmalign.importers import IMPORTERS, ImportOptions, detect, read, scan
 from mmalign.pairing import Pairing, PairingSummary, Strategy, Ties, compare_votes, make_pairs, write_pairs
 from mmalign.preferences import Store
 from mmalign.records import Problem, Record, validate
+from mmalign.unpaired import Items
 
 T = TypeVar("T")
 
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     pair.add_argument("--max-gap", type=float)
     pair.add_argument("--ties", default="drop", choices=get_args(Ties))
     pair.add_argument("--max-pairs-per-prompt", type=int)
+    pair.add_argument("--threshold", type=float, help="unpaired: desirable from this score on (default: the middle)")
     pair.add_argument("--seed", type=int, default=0)
     pair.set_defaults(run=_pair)
     return parser
@@ -195,6 +197,7 @@ def _pair(arguments: argparse.Namespace) -> int:
         ties=arguments.ties,
         max_pairs_per_prompt=arguments.max_pairs_per_prompt,
         seed=arguments.seed,
+        threshold=arguments.threshold,
     )
     records: Iterable[Record] = read(arguments.store, arguments.format, _source_options(arguments))
     if arguments.split is not None:
@@ -223,7 +226,8 @@ def statistics_of(records: Iterable[Record]) -> dict[str, Any]:
 
     Quantiles are of the gap between the best and the worst candidate of a record (in the score's unit) and
     of the vote margin |n_a - n_b| / n. `shared_between_splits` counts prompts, groups and images that occur
-    in more than one split: leaks, if one of them is held out.
+    in more than one split: leaks, if one of them is held out. `unpaired` counts what the strategy of that name
+    makes of the votes and, by its default threshold, of each score.
     """
     counts: Counter[str] = Counter(records=0, candidates=0, votes=0, images=0)
     tallies: dict[str, Counter[str]] = defaultdict(Counter)
@@ -231,6 +235,7 @@ def statistics_of(records: Iterable[Record]) -> dict[str, Any]:
     places: dict[str, dict[str, set[str]]] = {"prompts": {}, "groups": {}, "images": {}}  # key -> splits
     prompts: Counter[str] = Counter()
     images: Counter[str] = Counter()
+    items = Items()
     for record in records:
         counts.update(records=1, candidates=len(record.candidates), votes=len(record.votes))
         tallies["splits"][record.split] += 1
@@ -250,9 +255,12 @@ def statistics_of(records: Iterable[Record]) -> dict[str, Any]:
             places["images"].setdefault(digest, set()).add(record.split)
         for comparison in compare_votes(record):
             gaps["votes"].append(comparison.gap)
+        items.add_votes(record)
         for name in {name for candidate in record.candidates for name in candidate.scores}:
-            values = [c.scores[name] for c in record.candidates if name in c.scores]
-            if len(values) > 1:
+            scored = [(c, c.scores[name]) for c in record.candidates if name in c.scores]
+            items.add_scores(record, name, scored)
+            if len(scored) > 1:
+                values = [value for _, value in scored]
                 gaps[name].append(max(values) - min(values))
     per_rater = list(tallies["raters"].values())
     return {
@@ -267,6 +275,7 @@ def statistics_of(records: Iterable[Record]) -> dict[str, Any]:
             name: {"compared": len(values), "ties": values.count(0.0), "quantiles": _quantiles(values)}
             for name, values in sorted(gaps.items())
         },
+        "unpaired": _unpaired(items),
         "duplicates": {
             "prompts": sum(count - 1 for count in prompts.values()),
             "images": sum(count - 1 for count in images.values()),
@@ -274,6 +283,17 @@ def statistics_of(records: Iterable[Record]) -> dict[str, Any]:
         "shared_between_splits": {
             name: sum(len(splits) > 1 for splits in found.values()) for name, found in places.items()
         },
+    }
+
+
+def _unpaired(items: Items) -> dict[str, dict[str, float]]:
+    """By votes and by each score: how many candidates are desirable and undesirable, and the score's threshold."""
+    thresholds = items.thresholds()
+    counts = Counter((item.scorer, desirable) for item, desirable in items.labelled())
+    return {
+        name: {"desirable": counts[name, True], "undesirable": counts[name, False]}
+        | ({"threshold": thresholds[name]} if name in thresholds else {})
+        for name in sorted({name for name, _ in counts})
     }
 
 

@@ -5,6 +5,8 @@ Strategies:
                 confidence, the vote margin |n_a - n_b| / n is the gap
     best_worst  one pair per record: highest against lowest score, the difference is the gap
     all         every two candidates of a record by their scores
+    unpaired    desirable candidates beside undesirable ones, perhaps of different prompts, for methods that look at
+                each by itself: see `mmalign.unpaired`
     auto        votes where a record has some and no score is named, else best_worst
 
 Ties are never trained as wins: they are dropped, kept with label "tie" for methods that know what to do
@@ -26,8 +28,9 @@ from typing import Any, Literal
 
 from mmalign.errors import UserError, nearest
 from mmalign.records import LABELS, Candidate, Label, Preference, Record, Side, shown
+from mmalign.unpaired import Item, Items, check_vote, side_by_side
 
-Strategy = Literal["auto", "votes", "best_worst", "all"]
+Strategy = Literal["auto", "votes", "best_worst", "all", "unpaired"]
 Ties = Literal["drop", "keep", "soft"]
 FORMAT = "mmalign-pairs/1"
 
@@ -42,8 +45,11 @@ class Pairing:
         min_gap: pairs with a smaller gap are left out (unit of the score, or share of votes).
         max_gap: pairs with a larger gap are left out; None for no limit.
         ties: "drop", "keep" or "soft".
+        spread: how far apart scores must be for a label to be sure: pairs made by scores get the confidence
+            sigmoid(gap / spread), that of Bradley and Terry's model of raters; None leaves it unsaid.
         max_pairs_per_prompt: at most so many pairs per prompt text; from a record with more, a seeded draw.
-        seed: of that draw.
+        seed: of that draw, and of which unpaired candidates meet.
+        threshold: unpaired candidates are desirable from this score on; None for the middle, see `mmalign.unpaired`.
     """
 
     strategy: Strategy = "auto"
@@ -51,14 +57,18 @@ class Pairing:
     min_gap: float = 0.0
     max_gap: float | None = None
     ties: Ties = "drop"
+    spread: float | None = None
     max_pairs_per_prompt: int | None = None
     seed: int = 0
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.min_gap) and self.min_gap >= 0):
             raise UserError(f"min_gap is {self.min_gap}", place="pairing.min_gap", fix="Use 0 or more")
         if self.max_gap is not None and not self.max_gap >= self.min_gap:
             raise UserError(f"max_gap {self.max_gap} is below min_gap {self.min_gap}", place="pairing.max_gap")
+        if self.spread is not None and not (math.isfinite(self.spread) and self.spread > 0):
+            raise UserError(f"spread is {self.spread}", place="pairing.spread", fix="Use a number above 0")
         if self.max_pairs_per_prompt is not None and self.max_pairs_per_prompt < 1:
             raise UserError(
                 f"max_pairs_per_prompt is {self.max_pairs_per_prompt}",
@@ -71,6 +81,31 @@ class Pairing:
                 place="pairing.score",
                 fix="Leave the score out or use best_worst or all",
             )
+        if self.strategy == "unpaired":
+            self._check_unpaired()
+        elif self.threshold is not None:
+            raise UserError(
+                "a threshold labels unpaired candidates",
+                place="pairing.threshold",
+                fix="Leave it out, or use the strategy 'unpaired'",
+            )
+
+    def _check_unpaired(self) -> None:
+        given = {
+            "min_gap": self.min_gap > 0,
+            "max_gap": self.max_gap is not None,
+            "ties": self.ties != "drop",
+            "spread": self.spread is not None,
+            "max_pairs_per_prompt": self.max_pairs_per_prompt is not None,
+        }
+        for name in [name for name, used in given.items() if used]:
+            raise UserError(
+                f"the strategy 'unpaired' compares nothing and has no use for {name}",
+                place=f"pairing.{name}",
+                fix="Leave it out",
+            )
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise UserError(f"threshold is {self.threshold}", place="pairing.threshold", fix="Use a finite number")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -81,6 +116,8 @@ class PairingSummary:
         unjudged: records with nothing to compare (no votes; fewer than two scored candidates).
         ties: comparisons that were ties, whatever was done with them.
         over_limit: pairs left out by max_pairs_per_prompt.
+        desirable, undesirable: labelled candidates of the strategy `unpaired`; for it, `compared` counts them and
+            those in ties alone, `ties` the latter.
     """
 
     records: int = 0
@@ -92,6 +129,8 @@ class PairingSummary:
     above_gap: int = 0
     over_limit: int = 0
     pairs: int = 0
+    desirable: int = 0
+    undesirable: int = 0
 
     def __str__(self) -> str:
         left_out = [
@@ -105,6 +144,8 @@ class PairingSummary:
             if count
         ]
         text = f"{self.pairs} pairs from {self.records} records"
+        if self.desirable or self.undesirable:
+            text += f", {self.desirable} desirable and {self.undesirable} undesirable"
         text += f", {self.unjudged} records without a comparison" if self.unjudged else ""
         return text + (f"; left out: {', '.join(left_out)}" if left_out else "")
 
@@ -126,7 +167,8 @@ def make_pairs(
 ) -> Iterator[Preference]:
     """Pairs, in the order of the records; the same records and pairing give the same pairs.
 
-    Sides keep the order of the candidates, so position says nothing about preference.
+    Sides keep the order of the candidates, so position says nothing about preference; of unpaired items `a` is the
+    desirable one.
 
     Args:
         records: streamed.
@@ -141,10 +183,29 @@ def make_pairs(
     summary = summary if summary is not None else PairingSummary()
     ranges: dict[str, tuple[float, float, int]] = {}  # score: lowest, highest, number of values
     names: set[str] = set()
+
+    def counted() -> Iterator[Record]:
+        for record in records:
+            summary.records += 1
+            names.update(name for candidate in record.candidates for name in candidate.scores)
+            yield record
+
+    make = _unpaired if pairing.strategy == "unpaired" else _paired
+    for pair in make(counted(), pairing, summary, ranges):
+        summary.pairs += 1
+        yield pair
+    if summary.records and pairing.score is not None and pairing.score not in ranges:
+        fix = nearest(pairing.score, names) if names else "The data has no scores: add them or pair by votes"
+        raise UserError(f"no candidate has the score '{pairing.score}'", place="pairing.score", fix=fix)
+    _refuse_useless(pairing, summary, ranges)
+
+
+def _paired(
+    records: Iterable[Record], pairing: Pairing, summary: PairingSummary, ranges: dict[str, tuple[float, float, int]]
+) -> Iterator[Preference]:
+    """Pairs of candidates of one record."""
     per_prompt: Counter[str] = Counter()
     for record in records:
-        summary.records += 1
-        names.update(name for candidate in record.candidates for name in candidate.scores)
         comparisons = _compare(record, pairing, ranges)
         summary.compared += len(comparisons)
         summary.unjudged += not comparisons
@@ -170,12 +231,36 @@ def make_pairs(
                 kept = [kept[index] for index in sorted(drawn)]
             per_prompt[record.prompt] += len(kept)
         for item in kept:
-            summary.pairs += 1
             yield _preference(record, item, pairing.ties)
-    if summary.records and pairing.score is not None and pairing.score not in ranges:
-        fix = nearest(pairing.score, names) if names else "The data has no scores: add them or pair by votes"
-        raise UserError(f"no candidate has the score '{pairing.score}'", place="pairing.score", fix=fix)
-    _refuse_useless(pairing, summary, ranges)
+
+
+def _unpaired(
+    records: Iterable[Record], pairing: Pairing, summary: PairingSummary, ranges: dict[str, tuple[float, float, int]]
+) -> Iterator[Preference]:
+    """Desirable candidates beside undesirable ones, split by split; made when all records are read."""
+    items = Items()
+    for record in records:
+        if record.votes and pairing.score is None:
+            items.add_votes(record)
+        else:
+            name, scored = _scored(record, pairing, ranges)
+            items.add_scores(record, name, scored)
+            summary.unjudged += not scored
+    splits: dict[str, tuple[list[Item], list[Item]]] = {}
+    for item, desirable in items.labelled(pairing.threshold):
+        splits.setdefault(item.record.split, ([], []))[not desirable].append(item)
+    summary.ties = summary.ties_dropped = items.undecided
+    summary.desirable = sum(len(good) for good, _ in splits.values())
+    summary.undesirable = sum(len(bad) for _, bad in splits.values())
+    summary.compared = summary.desirable + summary.undesirable + summary.ties
+    for good, bad in splits.values():
+        for a, b in side_by_side(good, bad, pairing.seed):
+            scorer = a.scorer if a.scorer == b.scorer else f"{a.scorer}, {b.scorer}"
+            known = Comparison(a=a.candidate, b=b.candidate, label="a", gap=0.0, scorer=scorer)
+            gap = None
+            if a.scorer == b.scorer and a.score is not None and b.score is not None:
+                gap = a.score - b.score
+            yield replace(_preference(a.record, known, pairing.ties, b.record), gap=gap)
 
 
 def _refuse_useless(pairing: Pairing, summary: PairingSummary, ranges: Mapping[str, tuple[float, float, int]]) -> None:
@@ -194,6 +279,8 @@ def _refuse_useless(pairing: Pairing, summary: PairingSummary, ranges: Mapping[s
         )
     if not summary.pairs:
         fix = "Lower min_gap or raise max_gap" if summary.below_gap or summary.above_gap else None
+        if summary.desirable or summary.undesirable:
+            fix = "Both kinds are needed in a split: give another threshold, or candidates of the other kind"
         raise UserError(f"pairing gave no pairs ({summary})", fix=fix or "Add votes or scores to the records")
 
 
@@ -203,6 +290,21 @@ def _compare(record: Record, pairing: Pairing, ranges: dict[str, tuple[float, fl
         strategy = "votes" if record.votes and pairing.score is None else "best_worst"
     if strategy == "votes":
         return compare_votes(record)
+    name, scored = _scored(record, pairing, ranges)
+    if len(scored) < 2:
+        return []
+    pairs: Iterable[tuple[int, int]] = itertools.combinations(range(len(scored)), 2)
+    if strategy == "best_worst":
+        values = [value for _, value in scored]
+        best, worst = values.index(max(values)), values.index(min(values))
+        pairs = [(min(best, worst), max(best, worst))] if best != worst else [(0, 1)]  # all equal: one tie
+    return [_by_score(*scored[i], *scored[j], name, pairing.spread) for i, j in pairs]
+
+
+def _scored(
+    record: Record, pairing: Pairing, ranges: dict[str, tuple[float, float, int]]
+) -> tuple[str, list[tuple[Candidate, float]]]:
+    """The score to go by, and the record's candidates that have it."""
     name = pairing.score if pairing.score is not None else _only_score(record)
     scored = [(candidate, candidate.scores[name]) for candidate in record.candidates if name in candidate.scores]
     for candidate, value in scored:
@@ -214,19 +316,16 @@ def _compare(record: Record, pairing: Pairing, ranges: dict[str, tuple[float, fl
             )
         low, high, count = ranges.get(name, (value, value, 0))
         ranges[name] = (min(low, value), max(high, value), count + 1)
-    if len(scored) < 2:
-        return []
-    pairs: Iterable[tuple[int, int]] = itertools.combinations(range(len(scored)), 2)
-    if strategy == "best_worst":
-        values = [value for _, value in scored]
-        best, worst = values.index(max(values)), values.index(min(values))
-        pairs = [(min(best, worst), max(best, worst))] if best != worst else [(0, 1)]  # all equal: one tie
-    return [_by_score(*scored[i], *scored[j], name) for i, j in pairs]
+    return name, scored
 
 
-def _by_score(a: Candidate, value_a: float, b: Candidate, value_b: float, name: str) -> Comparison:
+def _by_score(
+    a: Candidate, value_a: float, b: Candidate, value_b: float, name: str, spread: float | None
+) -> Comparison:
     label: Label = "tie" if value_a == value_b else "a" if value_a > value_b else "b"
-    return Comparison(a=a, b=b, label=label, gap=abs(value_a - value_b), scorer=name)
+    gap = abs(value_a - value_b)
+    confidence = None if spread is None else 1 / (1 + math.exp(-gap / spread))
+    return Comparison(a=a, b=b, label=label, gap=gap, confidence=confidence, scorer=name)
 
 
 def _only_score(record: Record) -> str:
@@ -247,12 +346,7 @@ def compare_votes(record: Record) -> list[Comparison]:
     order = {candidate.candidate_id: index for index, candidate in enumerate(record.candidates)}
     pooled: dict[tuple[int, int], list[float]] = {}
     for vote in record.votes:
-        if vote.a not in order or vote.b not in order or vote.a == vote.b:
-            raise UserError(
-                f"a vote compares '{vote.a}' with '{vote.b}', which are not two candidates",
-                place=record.where,
-                fix="`mmalign data check` lists every such row",
-            )
+        check_vote(record, vote, order)
         sure = 1.0 if vote.confidence is None else vote.confidence
         p = 0.5 if vote.label == "tie" else sure if vote.label == "a" else 1.0 - sure
         i, j = order[vote.a], order[vote.b]
@@ -273,29 +367,36 @@ def compare_votes(record: Record) -> list[Comparison]:
     return comparisons
 
 
-def _preference(record: Record, item: Comparison, ties: Ties) -> Preference:
+def _preference(record: Record, item: Comparison, ties: Ties, other: Record | None = None) -> Preference:
+    """The comparison as a preference; `other` is the record of `item.b` where the sides are unpaired."""
     confidence = item.confidence
     if item.label == "tie":
         confidence = 0.5 if ties == "soft" else None
+    second, prefix = (record, "") if other is None else (other, f"{other.record_id}/")
     return Preference(
-        item_id=f"{record.record_id}/{item.a.candidate_id}~{item.b.candidate_id}",
+        item_id=f"{record.record_id}/{item.a.candidate_id}~{prefix}{item.b.candidate_id}",
         a=_side(record, item.a),
-        b=_side(record, item.b),
+        b=_side(second, item.b),
         label=item.label,
         confidence=confidence,
         gap=item.gap,
-        context=record.context,
+        context=record.context if other is None else {},
         provenance={
             "record": record.record_id,
+            **({"other_record": other.record_id} if other else {}),
             "candidates": (item.a.candidate_id, item.b.candidate_id),
             "models": (item.a.model, item.b.model),
             "seeds": (item.a.seed, item.b.seed),
             "scorer": item.scorer,
-            "source": record.source,
+            "source": _both(record.source, second.source),
         },
-        licence=record.licence,
+        licence=_both(record.licence, second.licence),
         split=record.split,
     )
+
+
+def _both(first: str | None, second: str | None) -> str | None:
+    return first if first == second else ", ".join(text for text in (first, second) if text)
 
 
 def _side(record: Record, candidate: Candidate) -> Side:
@@ -317,6 +418,7 @@ class _Line:
     a: str
     b: str
     label: Label
+    record_b: str | None = None  # of b, where it is not that of a
     confidence: float | None = None
     gap: float | None = None
     scorer: str = "unknown"
@@ -347,6 +449,7 @@ def write_pairs(pairs: Iterable[Preference], path: str | Path, pairing: Pairing 
                     a=first,
                     b=second,
                     label=pair.label,
+                    record_b=pair.provenance.get("other_record"),
                     confidence=pair.confidence,
                     gap=pair.gap,
                     scorer=pair.provenance["scorer"],
@@ -376,29 +479,35 @@ def read_pairs(path: str | Path, records: Iterable[Record]) -> Iterator[Preferen
     """
     path = Path(path)
     lines = list(_lines(path))
-    wanted = {line.record for _, line in lines}
+    wanted = {name for _, line in lines for name in (line.record, line.record_b)}
     known = {record.record_id: record for record in records if record.record_id in wanted}
     for place, line in lines:
-        record = known.get(line.record)
-        if record is None:
-            raise UserError(f"the data has no record '{line.record}'", place=place, fix="Pair the data again")
-        candidates = {candidate.candidate_id: candidate for candidate in record.candidates}
-        for name in (line.a, line.b):
-            if name not in candidates:
-                raise UserError(
-                    f"record '{line.record}' has no candidate '{name}'",
-                    place=place,
-                    fix=nearest(name, candidates),
-                )
+        record = _named(known, line.record, place)
+        other = None if line.record_b is None else _named(known, line.record_b, place)
         item = Comparison(
-            a=candidates[line.a],
-            b=candidates[line.b],
+            a=_candidate(record, line.a, place),
+            b=_candidate(other or record, line.b, place),
             label=line.label,
             gap=0.0 if line.gap is None else line.gap,
             confidence=line.confidence,
             scorer=line.scorer,
         )
-        yield _restored(_preference(record, item, "soft" if line.confidence is not None else "keep"), line)
+        yield _restored(_preference(record, item, "soft" if line.confidence is not None else "keep", other), line)
+
+
+def _named(known: Mapping[str, Record], name: str, place: str) -> Record:
+    if name not in known:
+        raise UserError(f"the data has no record '{name}'", place=place, fix="Pair the data again")
+    return known[name]
+
+
+def _candidate(record: Record, name: str, place: str) -> Candidate:
+    candidates = {candidate.candidate_id: candidate for candidate in record.candidates}
+    if name not in candidates:
+        raise UserError(
+            f"record '{record.record_id}' has no candidate '{name}'", place=place, fix=nearest(name, candidates)
+        )
+    return candidates[name]
 
 
 def _restored(pair: Preference, line: _Line) -> Preference:
@@ -411,6 +520,8 @@ def _line(value: dict[str, Any]) -> _Line:
     for name in ("record", "a", "b", "scorer", "split", "prompt"):
         if not isinstance(value.get(name, ""), str):
             raise ValueError(f"{name} is {shown(value[name])}")
+    if not isinstance(value.get("record_b", ""), str | None):
+        raise ValueError(f"record_b is {shown(value['record_b'])}")
     if value.get("label") not in LABELS:
         raise ValueError(f"label is {shown(value.get('label'))}")
     for name in ("confidence", "gap"):

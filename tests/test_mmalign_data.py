@@ -231,6 +231,10 @@ def test_stats_count_ties_gaps_duplicates_and_leaks(tmp_path: Path, capsys: pyte
                 "quantiles": {"min": 0.0, "q25": 0.25, "median": 0.5, "q75": 0.75, "max": 1.0},
             },
         },
+        "unpaired": {
+            "red": {"desirable": 3, "undesirable": 3, "threshold": 3.0},
+            "votes": {"desirable": 3, "undesirable": 2},
+        },
         "duplicates": {"prompts": 1, "images": 2},
         "shared_between_splits": {"prompts": 1, "groups": 1, "images": 1},
     }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +196,118 @@ def test_no_pairs_and_no_records_are_refused() -> None:
     )
 
 
+# --- unpaired ----------------------------------------------------------------------------------------------
+
+
+def single(name: str, score: float, *, prompt: str | None = None, **options: Any) -> Record:
+    record = scored(name, score, prompt=prompt or f"prompt of {name}")
+    return replace(record, **options)
+
+
+def sides(found: Sequence[Preference]) -> tuple[list[str], list[str]]:
+    assert all(pair.label == "a" for pair in found)
+    return [str(pair.chosen.response) for pair in found], [str(pair.rejected.response) for pair in found]
+
+
+def test_single_candidates_meet_across_prompts_and_the_shorter_list_is_recycled() -> None:
+    records = [single(f"r{number}", float(number)) for number in range(7)]
+    summary = PairingSummary()
+    found = pairs(records, summary, strategy="unpaired", threshold=5.0)  # the threshold itself is desirable
+    good, bad = sides(found)
+    assert bad == ["r0-0", "r1-0", "r2-0", "r3-0", "r4-0"]
+    assert Counter(good) in ({"r5-0": 3, "r6-0": 2}, {"r5-0": 2, "r6-0": 3})
+    assert (summary.desirable, summary.undesirable, summary.pairs, summary.records) == (2, 5, 5, 7)
+    assert str(summary) == "5 pairs from 7 records, 2 desirable and 5 undesirable"
+    assert len({pair.item_id for pair in found}) == 5
+    first = found[0]
+    chosen = str(first.chosen.response).split("-")[0]
+    assert first.item_id == f"{chosen}/c0~r0/c0" and first.gap == float(chosen[1:])
+    assert (first.chosen.prompt, first.rejected.prompt) == (f"prompt of {chosen}", "prompt of r0")
+    assert (first.provenance["record"], first.provenance["other_record"]) == (chosen, "r0")
+    assert found == pairs(records, strategy="unpaired", threshold=5.0)
+    assert {tuple(sides(pairs(records, strategy="unpaired", threshold=5.0, seed=seed))[0]) for seed in range(5)} > {
+        tuple(good)
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "desirable"),
+    [
+        ((1.0, 2.0, 3.0, 10.0), 2),  # the median is 2.5
+        ((1.0, 2.0, 3.0), 2),  # the median itself is desirable
+        ((0.0, 0.0, 0.0, 1.0), 1),  # nothing is below the median: the next value above it
+        ((1.0, 1.0, 1.0, 0.0), 3),
+    ],
+)
+def test_without_a_threshold_scores_are_split_in_the_middle(values: tuple[float, ...], desirable: int) -> None:
+    summary = PairingSummary()
+    records = [single(f"r{number}", value) for number, value in enumerate(values)]
+    pairs(records, summary, strategy="unpaired")
+    assert (summary.desirable, summary.undesirable) == (desirable, len(values) - desirable)
+
+
+def test_candidates_that_ever_won_are_desirable_and_answers_are_told_apart_by_content() -> None:
+    same = Candidate(candidate_id="again", text="r-0")  # the first candidate of "r" in another record
+    other = Candidate(candidate_id="new", text="new")
+    records = [
+        voted("r", (0, 1, "b"), (1, 2, "a")),  # 1 won, 0 and 2 lost
+        Record(
+            record_id="s", prompt="p", candidates=(same, other), votes=(Vote(a="again", b="new", label="a"),)
+        ),  # what lost there wins here
+        voted("t", (0, 1, "tie")),
+        Record(record_id="u", prompt="p", candidates=(other,)),
+    ]
+    summary = PairingSummary()
+    good, bad = sides(pairs(records, summary, strategy="unpaired"))
+    assert set(good) == {"r-0", "r-1"} and set(bad) == {"r-2", "new"}
+    assert (summary.desirable, summary.undesirable, summary.ties, summary.ties_dropped) == (2, 2, 2, 2)
+    assert summary.unjudged == 1
+    assert "left out: 2 ties" in str(summary)
+
+
+def test_unpaired_items_stay_in_their_split() -> None:
+    records = [single(f"{split}{n}", float(n), split=split) for split in ("train", "test") for n in range(3)]
+    for pair in pairs(records, strategy="unpaired", threshold=2.0):
+        assert pair.split in str(pair.chosen.response) and pair.split in str(pair.rejected.response)
+    assert refusal([replace(record, split=record.record_id) for record in records], strategy="unpaired") == (
+        "pairing gave no pairs (0 pairs from 6 records, 4 desirable and 2 undesirable). "
+        "Both kinds are needed in a split: give another threshold, or candidates of the other kind"
+    )
+
+
+def test_unpaired_sources_and_licences_of_both_sides_are_named() -> None:
+    found = pairs(
+        [single("g", 1.0, licence="CC0-1.0", source="x"), single("b", 0.0, licence="MIT", source="x")],
+        strategy="unpaired",
+    )
+    assert (found[0].licence, found[0].provenance["source"]) == ("CC0-1.0, MIT", "x")
+
+
+def test_labels_of_one_kind_alone_are_refused() -> None:
+    records = [single("a", 1.0), single("b", 2.0)]
+    assert refusal(records, strategy="unpaired", threshold=0.5) == (
+        "pairing gave no pairs (0 pairs from 2 records, 2 desirable and 0 undesirable). "
+        "Both kinds are needed in a split: give another threshold, or candidates of the other kind"
+    )
+    assert "gave one constant value 1 to all 2" in refusal([single("a", 1.0), single("b", 1.0)], strategy="unpaired")
+    assert refusal([voted("t", (0, 1, "tie"))], strategy="unpaired").startswith("all 2 comparisons are ties")
+    assert refusal(records, strategy="unpaired", score="hps").startswith("no candidate has the score 'hps'")
+    assert refusal([voted("r", (0, 9, "a"))], strategy="unpaired").startswith("a vote compares 'c0' with 'c9'")
+
+
+def test_unpaired_pairs_written_and_read_are_the_same(tmp_path: Path) -> None:
+    records = [single(f"r{number}", float(number)) for number in range(5)]
+    made = pairs(records, strategy="unpaired")
+    path = tmp_path / "pairs.jsonl"
+    write_pairs(made, path, Pairing(strategy="unpaired"))
+    assert list(read_pairs(path, records)) == made
+    with pytest.raises(UserError, match="the data has no record 'r"):
+        list(read_pairs(path, records[3:]))
+    path.write_text(path.read_text().replace('"record_b": "', '"record_b": 7, "b": "'))
+    with pytest.raises(UserError, match="this is not a pair written by mmalign: record_b is 7"):
+        list(read_pairs(path, records))
+
+
 # --- limits, order, streaming ------------------------------------------------------------------------------
 
 
@@ -256,6 +370,27 @@ def test_sides_take_a_candidates_own_prompt_and_media() -> None:
         (
             {"max_pairs_per_prompt": 0},
             "max_pairs_per_prompt is 0 (pairing.max_pairs_per_prompt). Use 1 or more, or leave it out",
+        ),
+        (
+            {"threshold": 0.5},
+            "a threshold labels unpaired candidates (pairing.threshold). Leave it out, or use the strategy 'unpaired'",
+        ),
+        (
+            {"strategy": "unpaired", "threshold": float("nan")},
+            "threshold is nan (pairing.threshold). Use a finite number",
+        ),
+        *(
+            (
+                {"strategy": "unpaired", name: value},
+                f"the strategy 'unpaired' compares nothing and has no use for {name} (pairing.{name}). Leave it out",
+            )
+            for name, value in [
+                ("min_gap", 1.0),
+                ("max_gap", 1.0),
+                ("ties", "soft"),
+                ("spread", 1.0),
+                ("max_pairs_per_prompt", 1),
+            ]
         ),
         (
             {"strategy": "votes", "score": "clip"},
