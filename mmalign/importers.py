@@ -4,11 +4,14 @@
     pickapic      Parquet with caption, jpg_0, jpg_1, label_0 (Pick-a-Pic v1, v2 and their copies)
     hpd           JSON with prompt, image_path or file_path, human_preference or rank (HPDv2 and the like)
     trl           JSON, JSONL or Parquet with prompt, chosen, rejected (+ images, rejected_images)
+    unpaired      the same with prompt, completion (or image) and label, true or false: TRL's for KTO
     records       JSON or JSONL rows with prompt, candidates, votes; or a folder with one such JSON per record
     pairs_folder  pictures named NAME_w.png (preferred) and NAME_l.png
+    pictures      pictures with captions: NAME.txt beside NAME.png, or metadata.jsonl (+ label, true or false)
 
-`scan` yields a `Problem` where a row cannot be read, so that a check can list them all; `read` stops at
-the first one, or hands it to `on_problem` and goes on. Nothing is fetched and no path leaves its folder.
+A label becomes the score `desirable`, 1 or 0. `scan` yields a `Problem` where a row cannot be read, so that a check
+can list them all; `read` stops at the first one, or hands it to `on_problem` and goes on. Nothing is fetched and no
+path leaves its folder.
 """
 
 from __future__ import annotations
@@ -49,7 +52,9 @@ COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "hpd": (("prompt",), ("image_path", "file_path"), ("human_preference", "rank")),
     "records": (("prompt",), ("candidates",)),
     "trl": (("chosen",), ("rejected",)),
+    "unpaired": (("prompt",), ("completion", "image"), ("label",)),
 }
+DESIRABLE = "desirable"  # the score that a label of a single answer becomes
 _SIDE = re.compile(r"(?P<name>.+)_(?P<side>[wl])")
 
 
@@ -97,6 +102,9 @@ def detect(path: str | Path) -> str:
         rows = parse_json(tables[0].read_bytes(), str(tables[0]))
         return _detect_columns(tables[0]) if isinstance(rows, list) else "records"
     if any(is_image(name) for name in files):
+        captions = {"metadata.jsonl", *(f"{os.path.splitext(name)[0]}.txt" for name in files if is_image(name))}
+        if captions.intersection(files):
+            return "pictures"
         raise UserError(
             "the folder has pictures, but none is named NAME_w or NAME_l",
             place=str(path),
@@ -382,12 +390,7 @@ def _trl(path: Path, options: ImportOptions) -> Scan:
             while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
                 shared += 1
             prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-        if isinstance(prompt, list):
-            turns = prompt
-            prompt = _turn(turns, "prompt", "user")
-            if len(turns) > 1:
-                context["messages"] = turns
-        prompt = text_of({"prompt": options.prompt if prompt is None else prompt}, "prompt")
+        prompt = _prompt(prompt, context, options)
         images = row.get("images", row.get("image"))
         return Record(
             record_id=str(row.get("id", name.replace(" row ", "-"))),
@@ -406,6 +409,51 @@ def _trl(path: Path, options: ImportOptions) -> Scan:
         )
 
     return _guarded(path, "trl", convert)
+
+
+def _unpaired(path: Path, options: ImportOptions) -> Scan:
+    """prompt, one completion (text, conversation or image) and whether it is a good one. Pictures made from a prompt
+    may be called image; beside a completion, image and images belong to the prompt."""
+    root = _root(path, options)
+
+    def convert(row: Row, name: str) -> Record:
+        context = context_of(row)
+        field = "completion" if row.get("completion") is not None else "image"
+        media = row.get("images", row.get("image")) if field == "completion" else None
+        answer = image_of(root, row.get(field), field, name) if field == "image" else None
+        candidate = (
+            _response(root, row[field], field, name) if answer is None else Candidate(candidate_id=field, image=answer)
+        )
+        return Record(
+            record_id=str(row.get("id", name.replace(" row ", "-"))),
+            prompt=_prompt(row.get("prompt"), context, options),
+            media=images_of(root, media, "images", name),
+            candidates=(replace(candidate, scores=_desirable(row)),),
+            split=maybe_text(row, "split") or "train",
+            licence=maybe_text(row, "licence") or maybe_text(row, "license"),
+            source=maybe_text(row, "source") or "unpaired",
+            context=context,
+            place=name,
+        )
+
+    return _guarded(path, "unpaired", convert)
+
+
+def _desirable(row: Row) -> dict[str, float]:
+    label = row.get("label")
+    if label not in (0, 1):  # True and False are
+        raise Fault("label", "true or false", shown(label))
+    return {DESIRABLE: float(label)}
+
+
+def _prompt(value: Any, context: dict[str, Any], options: ImportOptions) -> str:
+    """The text of a prompt, which may be a conversation; a longer one is kept in `context` as messages."""
+    if isinstance(value, list):
+        turns = value
+        value = _turn(turns, "prompt", "user")
+        if len(turns) > 1:
+            context["messages"] = turns
+    return text_of({"prompt": options.prompt if value is None else value}, "prompt")
 
 
 def _turn(turns: list[Any], name: str, role: str) -> str:
@@ -583,13 +631,9 @@ def _folder_pair(
     for name in (key, sides["w"][0], sides["l"][0]):
         about.update(lines.get(name, {}))
     for stem in (key, f"{key}_w"):
-        text = root / f"{stem}.txt"
-        if text.exists():
-            require_safe(root, f"{stem}.txt", "prompt")
-            try:
-                about.setdefault("prompt", read_text(text).strip())
-            except UserError as error:
-                raise Fault("prompt", "UTF-8 text", f"'{error.cause}'") from error
+        caption = _caption(root, stem)
+        if caption is not None:
+            about.setdefault("prompt", caption)
     sidecar = root / f"{key}.json"
     if sidecar.exists():
         require_safe(root, f"{key}.json", "sidecar")
@@ -619,6 +663,51 @@ def _folder_pair(
     )
 
 
+def _pictures(path: Path, options: ImportOptions) -> Scan:
+    """Every picture of a folder with its caption."""
+    if not path.is_dir():
+        raise UserError("the format 'pictures' needs a folder", place=str(path))
+    names = [name for name in files_below(path) if is_image(name)]
+    if not names:
+        raise UserError("the folder has no pictures", place=str(path))
+    lines = _metadata(path)
+    for name in names:
+        about = dict(lines.get(name, {}))
+        try:
+            caption = _caption(path, os.path.splitext(name)[0])
+            texts = (about.get("prompt"), about.get("text"), about.get("caption"), caption, options.prompt)
+            prompt = next((text for text in texts if text is not None), None)
+            if prompt is None:
+                stem = os.path.splitext(name)[0]
+                raise Fault("prompt", f"{stem}.txt, a line of metadata.jsonl or --prompt", "none of them")
+            scores = _desirable(about) if "label" in about else {}
+            yield Record(
+                record_id=name,
+                prompt=text_of({"prompt": prompt}, "prompt"),
+                candidates=(
+                    Candidate(candidate_id="picture", image=image_of(path, name, "picture", name), scores=scores),
+                ),
+                split=maybe_text(about, "split") or "train",
+                licence=maybe_text(about, "licence") or maybe_text(about, "license"),
+                source=maybe_text(about, "source") or "pictures",
+                context={"group": about["group"]} if "group" in about else {},
+                place=name,
+            )
+        except Fault as fault:
+            yield Problem(row=name, field=fault.name, expected=fault.expected, got=fault.got)
+
+
+def _caption(root: Path, stem: str) -> str | None:
+    """The text of the file `stem`.txt, None without one."""
+    if not (root / f"{stem}.txt").exists():
+        return None
+    require_safe(root, f"{stem}.txt", "prompt")
+    try:
+        return read_text(root / f"{stem}.txt").strip()
+    except UserError as error:
+        raise Fault("prompt", "UTF-8 text", f"'{error.cause}'") from error
+
+
 def _metadata(root: Path) -> dict[str, Row]:
     """metadata.jsonl: one object per line, its `file_name` a picture or the common NAME."""
     if not (root / "metadata.jsonl").exists():
@@ -641,6 +730,8 @@ IMPORTERS: dict[str, Callable[[Path, ImportOptions], Scan]] = {
     "pickapic": _pickapic,
     "hpd": _hpd,
     "trl": _trl,
+    "unpaired": _unpaired,
     "records": _records,
     "pairs_folder": _pairs_folder,
+    "pictures": _pictures,
 }

@@ -315,6 +315,56 @@ def test_trl_rows_that_are_wrong(tmp_path: Path) -> None:
     ]
 
 
+# --- unpaired ----------------------------------------------------------------------------------------------
+
+
+def test_unpaired_texts_conversations_and_pictures_keep_their_labels(tmp_path: Path) -> None:
+    pictures(tmp_path, "cat.png", "dog.png")
+    rows = [
+        {"prompt": "What is it?", "completion": "A cat.", "label": True, "images": ["cat.png"]},
+        {"prompt": [turn("user", "What?")], "completion": [turn("assistant", "A dog.")], "label": False},
+        {"prompt": "a cat", "completion": "cat.png", "label": 1},
+        {"prompt": "a cat", "image": "dog.png", "label": 0, "split": "test", "group": "g"},
+        {"prompt": [turn("system", "Short."), turn("user", "What?")], "completion": "It.", "label": True},
+    ]
+    file = jsonl(tmp_path / "a.jsonl", rows)
+    assert detect(file) == detect(tmp_path) == "unpaired"
+    records = list(read(file, decode=True))
+    cat, dog = Media(data=png(0)), Media(data=png(1))
+    assert [record.candidates[0].scores for record in records] == [{"desirable": float(row["label"])} for row in rows]  # type: ignore[arg-type]  # mixed
+    assert [len(record.candidates) for record in records] == [1] * 5
+    assert [record.prompt for record in records] == ["What is it?", "What?", "a cat", "a cat", "What?"]
+    assert [record.candidates[0].text for record in records] == ["A cat.", "A dog.", None, None, "It."]
+    assert [record.candidates[0].image for record in records] == [None, None, cat, dog, None]
+    assert records[0].media == (cat,) and not any(record.media for record in records[1:])
+    assert (records[3].split, records[3].context) == ("test", {"group": "g"})
+    assert len(records[4].context["messages"]) == 2
+    (struct,) = read(
+        parquet(tmp_path / "b.parquet", [{"prompt": "p", "image": {"bytes": png(3), "path": None}, "label": True}])
+    )
+    assert struct.candidates[0].image == Media(data=png(3))
+
+
+def test_unpaired_rows_that_are_wrong(tmp_path: Path) -> None:
+    file = jsonl(
+        tmp_path / "a.jsonl",
+        [
+            {"prompt": "p", "completion": "x", "label": "good"},
+            {"prompt": "p", "completion": "x", "label": None},
+            {"prompt": "p", "completion": None, "image": None, "label": True},
+            {"prompt": 4, "completion": "x", "label": True},
+            {"prompt": "p", "image": "../x.png", "label": True},
+        ],
+    )
+    assert problems(file) == [
+        "a.jsonl row 0: label: expected true or false, got 'good'",
+        "a.jsonl row 1: label: expected true or false, got nothing",
+        "a.jsonl row 2: image: expected the path or the bytes of an image, got nothing",
+        "a.jsonl row 3: prompt: expected text, got 4 (int)",
+        "a.jsonl row 4: image: expected a file inside the data folder, got '../x.png', which leaves the data folder",
+    ]
+
+
 # --- this project's own JSON -------------------------------------------------------------------------------
 
 
@@ -491,6 +541,56 @@ def test_folders_behind_links_are_not_entered(tmp_path: Path) -> None:
     pictures(tmp_path / "photos", "a_w.png", "a_l.png")
     (tmp_path / "photos" / "more").symlink_to(tmp_path / "outside")
     assert [record.record_id for record in read(tmp_path / "photos", options=ImportOptions(prompt="p"))] == ["a"]
+
+
+# --- pictures with captions --------------------------------------------------------------------------------
+
+
+def test_a_folder_of_captioned_pictures(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png", "sub/b.jpg", "c.png")
+    (tmp_path / "a.txt").write_text("from the text file\n", encoding="utf-8")
+    assert detect(tmp_path) == "pictures"
+    jsonl(
+        tmp_path / "metadata.jsonl",
+        [
+            {"file_name": "sub/b.jpg", "text": "from the metadata", "label": False, "split": "test", "group": "g"},
+            {"file_name": "c.png", "caption": "another", "label": True, "license": "MIT"},
+        ],
+    )
+    records = {record.record_id: record for record in read(tmp_path, decode=True)}
+    assert {name: record.prompt for name, record in records.items()} == {
+        "a.png": "from the text file",
+        "c.png": "another",
+        "sub/b.jpg": "from the metadata",
+    }
+    assert [dict(record.candidates[0].scores) for record in records.values()] == [
+        {},
+        {"desirable": 1.0},
+        {"desirable": 0.0},
+    ]
+    assert (records["sub/b.jpg"].split, records["sub/b.jpg"].context) == ("test", {"group": "g"})
+    assert records["c.png"].licence == "MIT"
+    assert records["a.png"].candidates[0].image == Media(data=png(0))
+
+
+def test_a_folder_of_captioned_pictures_that_is_wrong(tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    pictures(root, "a.png", "b.png", "c.png", "d.png")
+    pictures(tmp_path, "secret.png")
+    (root / "b.txt").write_bytes(b"caf\xe9")
+    (root / "c.txt").symlink_to(tmp_path / "secret.png")
+    (root / "d.txt").write_text("p")
+    (root / "d.png").write_bytes(b"\x89PNG broken")
+    assert problems(root) == [
+        "a.png: prompt: expected a.txt, a line of metadata.jsonl or --prompt, got none of them",
+        "b.png: prompt: expected UTF-8 text, got 'this is not UTF-8 text: byte 3 is 0xe9'",
+        "c.png: prompt: expected a file inside the data folder, got 'c.txt', a link that leads out of the data folder",
+        "d.png: candidates[0].image: expected an image that opens, "
+        "got 'cannot decode the image: cannot identify image file'",
+    ]
+    assert refusal(root / "d.png", "pictures") == f"the format 'pictures' needs a folder ({root / 'd.png'})"
+    (tmp_path / "empty").mkdir()
+    assert refusal(tmp_path / "empty", "pictures") == f"the folder has no pictures ({tmp_path / 'empty'})"
 
 
 # --- the source as a whole ---------------------------------------------------------------------------------
