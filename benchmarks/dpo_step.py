@@ -36,16 +36,16 @@ from torch import Tensor, nn
 from benchmarks.harness import log, machine, seconds, spread, versions
 from benchmarks.plain_dpo import PlainBatch, PlainDPO
 from benchmarks.sizes import Precision, build_pipeline
-from diffusion import adapters, cache
+from diffusion import adapters
+from diffusion.feeds import PairFeed
 from diffusion.methods import dpo
 from diffusion.models import DiffusionModel
-from diffusion.parts import Parts
 from diffusion.pipelines import DTYPES
 from diffusion.recipe import ReferenceSettings, TrainConfig
 from diffusion.settings import DataSettings, LoraSettings, ModelSettings
-from diffusion.train import batch_source, make_reference
+from diffusion.train import assemble
 from mmalign.config import LoopSettings, NamedSection, OptimSettings
-from mmalign.loop import Loop, trainable
+from mmalign.loop import trainable
 from mmalign.media import Media
 from mmalign.memory import peak_gb, resident_gb
 from mmalign.records import Preference, Side
@@ -88,29 +88,11 @@ class Ours:
         config = recipe(case, folder, cached)
         self.model = DiffusionModel(case.pipeline(), config.model)
         adapters.set_attention(self.model.unet, "sdpa")
-        pairs = preferences(case, self.model.resolution)
-        self.data = cache.prepare(self.model, pairs, config.data, release_texts=True)
-        self.model.release_encoders()
-        unet = self.model.unet
-        original = None if config.adapter else adapters.frozen_copy(unet)
-        if config.adapter:
-            adapters.add_lora(unet, config.adapter)
-        else:
-            unet.requires_grad_(True)
-        unet.to(memory_format=torch.channels_last)
-        if case.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-        self.loop = Loop(unet, config.loop, config.optim)
-        reference, _ = make_reference(config, self.loop, self.model, self.data, unet, original)
-        self.parts = Parts(
-            module=self.loop.module,
-            predict=self.model.predict,
-            schedule=self.model.schedule.to(case.device),
-            reference=reference,
-            elements=self.data.elements,
-        )
+        feed = PairFeed(config, self.model, preferences(case, self.model.resolution))
+        self.data = feed.data
+        self.loop, self.parts, _ = assemble(config, self.model, feed)
         self.method = dpo.build(dpo.Options(beta=BETA), self.parts)
-        self.batches = batch_source(config, self.loop, self.data)(0)
+        self.batches = feed.source(self.loop)(0)
         self.losses: list[float] = []
 
     def step(self) -> None:

@@ -235,7 +235,9 @@ def encode_all(vae: Any, drawn: list[scenes.Scene], batch: int = 256) -> Float[T
 
 
 @torch.no_grad()
-def faithfulness(pipeline: Any, count: int = 200) -> dict[str, Any]:
+def faithfulness(
+    pipeline: Any, count: int = 200, *, steps: int = 20, guidance_scale: float = 3.0
+) -> dict[str, Any]:
     """Checker's verdict on held-out captions, in all and by kind of scene and part."""
     from mmalign.shapes import checker
 
@@ -244,8 +246,8 @@ def faithfulness(pipeline: Any, count: int = 200) -> dict[str, Any]:
     pipeline.set_progress_bar_config(disable=True)
     out = pipeline(
         [scene.caption for scene in drawn],
-        num_inference_steps=20,
-        guidance_scale=3.0,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
         output_type="np",
         generator=generator,
         height=render.SIZE,

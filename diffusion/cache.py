@@ -28,7 +28,7 @@ from diffusion import arrays, transforms
 from diffusion.conditioning import Conditioning
 from diffusion.fingerprints import module_fingerprint, tokenizer_fingerprint
 from diffusion.models import DiffusionModel
-from diffusion.parts import PairBatch
+from diffusion.parts import Origin, PairBatch
 from diffusion.settings import LatentSettings
 from diffusion.transforms import Size, View
 from mmalign.errors import UserError
@@ -281,7 +281,10 @@ class PairData:
     """Encoded pairs.
 
     Attributes:
+        settings: how the pairs were encoded.
         key: of the pairs as they are labelled: equal keys mean equal batches for equal seeds.
+        inputs_key: equal keys mean equal latents and conditioning, however the pairs are labelled.
+        unrelated: share of the pairs whose sides have different prompts.
         buckets: (width, height) in pixels -> indices of the pairs of that size; only pairs of one size share a batch.
         elements: numbers in the latents of a picture, in the bucket with the most pairs.
         confidence: probability that the first side is the preferred one, per pair.
@@ -297,7 +300,7 @@ class PairData:
         pairs: Sequence[_Pair],
         contents: dict[str, arrays.Array],
     ) -> None:
-        self._settings, self._contents, self._sizes = settings, contents, list(sizes)
+        self.settings, self._contents, self._sizes = settings, contents, list(sizes)
         self._constant_ids = model.settings.time_ids == "constant"
         self._sdxl = model.family == "sdxl"
         self.empty = model.empty().to("cpu")
@@ -306,6 +309,7 @@ class PairData:
         self.confidence = np.array([pair.confidence for pair in pairs], np.float32)
         gaps = [preference.gap for preference in preferences]
         self.gap = None if any(gap is None for gap in gaps) else np.array(gaps, np.float32)
+        self.unrelated = float((contents["prompts"][:, 0] != contents["prompts"][:, 1]).mean())
         bucket = contents["pairs"][:, 0]
         self.buckets: dict[Size, list[int]] = {
             size: np.flatnonzero(bucket == number).tolist()
@@ -316,6 +320,9 @@ class PairData:
         self.elements = channels * height * width
         labels = json.dumps([content, self.item_ids, self._first.tolist(), self.confidence.tolist()])
         self.key = hashlib.sha256(labels.encode()).hexdigest()[:32]
+        empty = [text.numpy().tobytes().hex() for text in (self.empty.embeds, self.empty.pooled) if text is not None]
+        inputs = json.dumps([content, self._constant_ids, empty])
+        self.inputs_key = hashlib.sha256(inputs.encode()).hexdigest()[:32]
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -342,29 +349,56 @@ class PairData:
             raise ValueError("a batch needs pairs of one bucket")
         size = self._sizes[numbers.pop()]
         keys = tuple(f"{self.item_ids[item]}:{visit}" for item, visit in zip(items, visits, strict=True))
-        view = 1 + 2 * (np.asarray(visits) % self._settings.views)
+        view = 1 + 2 * (np.asarray(visits) % self.settings.views)
         first = self._first[chosen]
         here = np.arange(len(chosen))
         rows = np.concatenate([table[here, view + first], table[here, view + 1 - first]])
         prompts = self._contents["prompts"][chosen]
         texts = np.concatenate([prompts[here, first], prompts[here, 1 - first]])
 
-        conditioning = self._conditioning(size, rows, texts)
-        if self._settings.prompt_dropout:
-            dropped = self._draws("prompt dropout", seed, keys).uniform() < self._settings.prompt_dropout
-            conditioning = conditioning.replace_text(dropped.repeat(2), self.empty)
+        if self.settings.prompt_dropout:
+            dropped = self._draws("prompt dropout", seed, keys).uniform() < self.settings.prompt_dropout
+            texts = np.where(dropped.repeat(2).numpy(), -1, texts)
         return PairBatch(
             latents=self._latents(size, rows, seed, keys).to(device),
-            conditioning=conditioning.to(device),
+            conditioning=self._conditioning(size, rows, texts).to(device),
             keys=keys,
             seed=seed,
             confidence=torch.from_numpy(self.confidence[chosen]).to(device),
             gap=None if self.gap is None else torch.from_numpy(self.gap[chosen]).to(device),
+            origin=Origin(size=size, pictures=tuple(rows.tolist()), prompts=tuple(texts.tolist())),
         )
+
+    def origins(self) -> list[Origin]:
+        """Every picture in every view under every prompt that a batch can have it with, one list for each size.
+
+        Sorted by picture, then prompt, the empty one first: it is there if prompts are dropped.
+        """
+        found = []
+        for size, items in self.buckets.items():
+            pictures = self._contents["pairs"][items, 1:].reshape(len(items), self.settings.views, 2)
+            texts = np.broadcast_to(self._contents["prompts"][items][:, None], pictures.shape)
+            rows = np.stack([pictures.ravel(), texts.ravel()], axis=1)
+            if self.settings.prompt_dropout:
+                rows = np.concatenate([rows, np.stack([rows[:, 0], np.full(len(rows), -1)], axis=1)])
+            rows = np.unique(rows, axis=0)
+            found.append(Origin(size=size, pictures=tuple(rows[:, 0].tolist()), prompts=tuple(rows[:, 1].tolist())))
+        return found
+
+    def rows(self, origin: Origin) -> tuple[Tensor, Conditioning]:
+        """(latents, conditioning) of some rows, on the CPU.
+
+        Raises:
+            ValueError: latents are drawn anew at every use.
+        """
+        if self.settings.posterior != "mean":
+            raise ValueError("latents that are drawn at every use belong to a draw")
+        pictures, texts = np.array(origin.pictures), np.array(origin.prompts)
+        return self._latents(origin.size, pictures, 0, ()), self._conditioning(origin.size, pictures, texts)
 
     def _latents(self, size: Size, rows: arrays.Array, seed: int, keys: Sequence[str]) -> Tensor:
         stored = self._tensor(f"latents-{size[0]}x{size[1]}", rows)
-        if self._settings.posterior == "mean":
+        if self.settings.posterior == "mean":
             return stored
         mean, deviation = stored.chunk(2, dim=1)
         draws = self._draws("posterior", seed, keys)
@@ -372,15 +406,21 @@ class PairData:
         return mean + deviation * noise
 
     def _conditioning(self, size: Size, rows: arrays.Array, texts: arrays.Array) -> Conditioning:
+        """Of rows of pictures and prompts; prompt -1 is the empty one."""
         embeds = self._tensor("embeds", texts)
         if not self._sdxl:
-            return Conditioning(embeds=embeds)
+            return self._emptied(Conditioning(embeds=embeds), texts)
         width, height = size
         if self._constant_ids:
             time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).repeat(len(rows), 1)
         else:
             time_ids = self._tensor(f"sizes-{width}x{height}", rows)
-        return Conditioning(embeds=embeds, pooled=self._tensor("pooled", texts), time_ids=time_ids)
+        text = Conditioning(embeds=embeds, pooled=self._tensor("pooled", texts), time_ids=time_ids)
+        return self._emptied(text, texts)
+
+    def _emptied(self, conditioning: Conditioning, texts: arrays.Array) -> Conditioning:
+        empty = torch.from_numpy(texts == -1)
+        return conditioning.replace_text(empty, self.empty) if empty.any() else conditioning
 
     def _tensor(self, name: str, rows: arrays.Array) -> Tensor:
         """Rows of an array as fp32, copied out of the memory map."""

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from diffusion import cache
 from diffusion.cache import PairData
+from diffusion.feeds import read_pairs
 from diffusion.models import DiffusionModel
-from diffusion.train import read_pairs
+from diffusion.settings import DataSettings
 from diffusion.tuned import find_tuned, open_base, open_tuned
+from mmalign.errors import UserError
 from mmalign.losses import accuracy
 from mmalign.progress import progress
 from mmalign.statistics import bootstrap_interval
@@ -67,13 +69,14 @@ def held_out_accuracy(
 ) -> dict[str, Any]:
     """Accuracy of a run's newest checkpoint on a split, with the interval that resamples groups."""
     tuned = find_tuned(run)
-    config = tuned.config
-    changed = {"split": split, "prompt_dropout": 0.0, "shuffle_labels": False}
-    data_settings = config.data.model_copy(update=changed | ({"path": store} if store else {}))
-    config = config.model_copy(update={"data": data_settings})
-    pairs, _ = read_pairs(config)
+    own = tuned.config.data
+    if own is None and store is None:
+        raise UserError("this run was not trained on pairs", place=str(run), fix="Give some with --store.")
+    changed = {"split": split, "prompt_dropout": 0.0, "shuffle_labels": False} | ({"path": store} if store else {})
+    settings = (own or DataSettings(path=Path())).model_copy(update=changed)
+    pairs, _ = read_pairs(settings, seed)
     reference, policy = open_base(tuned), open_tuned(tuned)
-    data = cache.prepare(reference, pairs, config.data)
+    data = cache.prepare(reference, pairs, settings)
     margins = implicit_rewards(reference, policy, data, draws=draws, batch_size=batch_size, seed=seed).mean(1)
     hits = accuracy(margins).tolist()
     groups = [str(pair.context.get("group", pair.chosen.prompt)) for pair in pairs]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from jaxtyping import Float, Int64
 from PIL import Image
 from torch import Tensor, nn
 
+from diffusion import hub, schedulers
 from diffusion.conditioning import Conditioning
 from diffusion.fingerprints import module_fingerprint
-from diffusion.pipelines import DTYPES, FAMILIES, Family, open_pipeline
+from diffusion.overlays import fuse_lora
+from diffusion.pipelines import DTYPES, FAMILIES, Family, embedded_model, open_pipeline
 from diffusion.schedule import NoiseSchedule
 from diffusion.settings import ModelSettings
 from mmalign.errors import UserError
@@ -36,10 +39,18 @@ def load_model(settings: ModelSettings, *, train_full: bool = False) -> Diffusio
         train_full: the UNet's own weights will be trained, so they are fp32 whatever `settings.dtype` says.
 
     Raises:
-        UserError: see `open_pipeline` and `NoiseSchedule.from_scheduler`.
+        UserError: see `open_pipeline`, `NoiseSchedule.from_scheduler` and `fuse_lora`.
     """
+    if settings.distilled_steps is None and (embedded := embedded_model(settings)) is not None:
+        settings = settings.model_copy(update={"distilled_steps": embedded.distilled_steps})
     unet_dtype = torch.float32 if train_full else DTYPES[settings.dtype]
-    return DiffusionModel(open_pipeline(settings, unet_dtype=unet_dtype), settings)
+    model = DiffusionModel(open_pipeline(settings, unet_dtype=unet_dtype), settings)
+    if settings.lora is not None:
+        fused = fuse_lora(model.pipeline, settings.lora, offline=hub.is_offline(settings.offline))
+        # Of what was fused into what, not of the sum: its last digits differ from machine to machine.
+        name, _, own = model.identity.partition("@")
+        model.identity = f"{name}@{hashlib.sha256(f'{own} {fused}'.encode()).hexdigest()[:12]}"
+    return model
 
 
 class DiffusionModel:
@@ -51,6 +62,7 @@ class DiffusionModel:
         schedule: for training, on the CPU.
         resolution: pixels of a side, as set or as the model was made for.
         identity: "name@fingerprint" of the UNet as it was opened, or of the weights that a run started from.
+        distilled_steps: of a few-step model, at how many timesteps it was distilled; None for any other.
     """
 
     def __init__(self, pipeline: Any, settings: ModelSettings) -> None:
@@ -61,6 +73,7 @@ class DiffusionModel:
             zero_terminal_snr=settings.zero_terminal_snr,
             prediction_type=settings.prediction_type,
         )
+        self.distilled_steps = schedulers.distilled_steps(pipeline.scheduler, settings.distilled_steps)
         self.identify()
         size = pipeline.unet.config.sample_size
         own = (size if isinstance(size, int) else max(size)) * self.scale
@@ -105,6 +118,36 @@ class DiffusionModel:
         """Picture sides must be multiples of it, so that every level of the UNet has whole sizes."""
         levels: int = len(self.unet.config.down_block_types)
         return self.scale << (levels - 1)
+
+    def distilled_timesteps(self, steps: int | None = None) -> tuple[int, ...]:
+        """The timesteps, from noise to clean, at which a few-step model was distilled.
+
+        Args:
+            steps: of sampling: those that it visits; None: all of them.
+
+        Raises:
+            UserError: nothing says that this is a few-step model, or it has fewer steps.
+        """
+        if self.distilled_steps is None:
+            raise UserError(
+                "the timesteps that this model was distilled at are not known",
+                place="model.distilled_steps",
+                fix="Set it: 4 for SDXL-Turbo and DMD2, 50 for LCM; or use a few-step model, as shapes-4step is",
+            )
+        count = self.distilled_steps if steps is None else steps
+        self.require_steps(count)
+        return schedulers.visited_timesteps(self.pipeline.scheduler, count)
+
+    def require_steps(self, steps: int, place: str = "sampler.steps") -> None:
+        """Raises a UserError if this model cannot be sampled in so many steps."""
+        if self.distilled_steps is not None and steps > self.distilled_steps:
+            raise UserError(
+                f"{steps} steps of a model that was distilled at {self.distilled_steps} timesteps",
+                place=place,
+                fix=f"Take at most {self.distilled_steps}, and guidance_scale 0",
+            )
+        if steps > len(self.schedule):
+            raise UserError(f"{steps} steps of {len(self.schedule)} timesteps", place=place)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(channels, height, width) of the latents of a picture."""
@@ -189,6 +232,10 @@ class DiffusionModel:
         """The one row that dropped prompts become in training: encoded or zeros, as `empty_prompt` says."""
         choice = self.settings.empty_prompt
         return self._without_prompt(self._zeros_by_default if choice is None else choice == "zeros")
+
+    def without_prompt(self) -> Conditioning:
+        """The one row of guidance's branch without a prompt, as the pipeline makes it when no negative is given."""
+        return self._without_prompt(self._zeros_by_default)
 
     @property
     def _zeros_by_default(self) -> bool:
@@ -292,7 +339,11 @@ class DiffusionModel:
             unet: another UNet than the pipeline's (unwrapped), say an average of it.
             size: (width, height) in pixels; None for the resolution.
             label: of a progress bar; None shows none.
+
+        Raises:
+            UserError: more steps than the model has.
         """
+        self.require_steps(steps)
         rows = prompts if isinstance(prompts, Conditioning) else self.encode_prompts(prompts)
         if len(rows) != len(seeds):
             raise ValueError(f"{len(rows)} prompts and {len(seeds)} seeds")
@@ -305,7 +356,7 @@ class DiffusionModel:
                 latents = self._denoise(
                     rows.select(slice(start, stop)), seeds[start:stop], steps, guidance_scale, width, height
                 )
-                pictures.extend(_pictures(self.decode(latents)))
+                pictures.extend(to_pictures(self.decode(latents)))
         return pictures
 
     def _denoise(
@@ -323,7 +374,7 @@ class DiffusionModel:
         if rows.pooled is not None:
             text["pooled_prompt_embeds"] = rows.pooled
         if guidance_scale > 1:
-            without = self._without_prompt(self._zeros_by_default).to(self.device, dtype).repeat(len(rows))
+            without = self.without_prompt().to(self.device, dtype).repeat(len(rows))
             text["negative_prompt_embeds"] = without.embeds
             if without.pooled is not None:
                 text["negative_pooled_prompt_embeds"] = without.pooled
@@ -356,7 +407,7 @@ class DiffusionModel:
                 module.training = True
 
 
-def _pictures(pixels: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:
+def to_pictures(pixels: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:
     """PIL images of RGB in [-1, 1]."""
     array = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in array]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from diffusion.settings import DataSettings, LoraSettings, ModelSettings
+from evaluators.rewards import RewardSettings
 from mmalign.config import LoopSettings, NamedSection, OptimSettings, Settings
 
 
@@ -20,14 +21,52 @@ class SamplerSettings(Settings):
 
 
 class CandidateSettings(Settings):
-    """Pictures to choose from, sampled from the model before training when `data.path` does not exist yet."""
+    """Pictures sampled from the model before training, when `data.path` does not exist yet: to choose from by a scorer,
+    or to lose against target pictures."""
 
-    prompts: str = Field(description="shapes:train, or a .txt or .jsonl file")
-    count: int | None = Field(None, gt=0, description="prompts used, drawn by the seed; null: all")
-    per_prompt: int = Field(4, ge=2, description="pictures per prompt")
+    prompts: str | None = Field(None, description="shapes:train, or a .txt or .jsonl file")
+    targets: str | None = Field(
+        None, description="instead of prompts: pictures with captions, a folder or a store; each wins over samples"
+    )
+    count: int | None = Field(None, gt=0, description="prompts or targets used, drawn by the seed; null: all")
+    per_prompt: int = Field(4, ge=1, description="pictures sampled per prompt or target")
     sampler: SamplerSettings = SamplerSettings()
-    scorer: NamedSection = Field(description="who judges them: a file of evaluators/scorers")
+    scorer: NamedSection | None = Field(None, description="who judges them: a file of evaluators/scorers")
     seed: int = Field(0, ge=0, description="of the prompts and the noise")
+
+    @model_validator(mode="after")
+    def _prompts_or_targets(self) -> CandidateSettings:
+        if self.targets is not None:
+            if self.prompts is not None or self.scorer is not None:
+                raise ValueError("targets have captions and win by themselves: leave out prompts and scorer")
+        elif self.prompts is None or self.scorer is None:
+            raise ValueError("candidates need prompts and a scorer, or targets")
+        elif self.per_prompt < 2:
+            raise ValueError("there is nothing to choose from one picture: say per_prompt=2 or more")
+        return self
+
+
+class RolloutSettings(Settings):
+    """What an online method draws in each round, and who rewards it."""
+
+    prompts: str = Field(description="trained on: as in candidates")
+    count: int | None = Field(None, gt=0, description="prompts used, drawn by the seed; null: all")
+    prompts_per_round: int = Field(gt=0, description="over all processes; a multiple of the prompts per update")
+    per_prompt: int = Field(2, ge=1, description="pictures per prompt")
+    passes: int = Field(1, gt=0, description="how often a round's pictures are trained on")
+    kernel: Literal["ddim", "ddpm", "euler_ancestral", "lcm"] = Field(
+        description="the steps that are sampled and trained"
+    )
+    steps: int = Field(gt=0, description="denoising steps")
+    eta: float = Field(1.0, gt=0, description="noise of DDIM's steps")
+    guidance_scale: float = Field(ge=0, description="in sampling and training alike; 1 or less switches it off")
+    batch_size: int = Field(8, gt=0, description="pictures drawn at once; changes nothing in them")
+    shared_start: bool = Field(False, description="the pictures of a prompt start from the same noise")
+    policy: Literal["current", "reference"] = Field(
+        "current", description="who draws: the policy as it is (online), or the model it started from (offline)"
+    )
+    pool: int | None = Field(None, gt=0, description="rounds before they repeat; for policy=reference")
+    reward: RewardSettings = Field(description="what the pictures are rewarded for")
 
 
 class EvaluationSettings(Settings):
@@ -70,7 +109,8 @@ class TrainConfig(Settings):
     model: ModelSettings
     adapter: LoraSettings | None = Field(description="LoRA; null trains the whole UNet")
     candidates: CandidateSettings | None = Field(None, description="null: data.path must exist")
-    data: DataSettings
+    data: DataSettings | None = Field(None, description="preferences, for methods that are fed with pairs")
+    rollout: RolloutSettings | None = Field(None, description="what is drawn, for methods that draw for themselves")
     method: NamedSection
     reference: ReferenceSettings = ReferenceSettings()
     validation: ValidationSettings = ValidationSettings()

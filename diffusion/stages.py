@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 
 from diffusion import models
+from diffusion.feeds import ensure_store
 from diffusion.judging import Judged, judge
 from diffusion.recipe import TrainConfig
-from diffusion.train import ensure_store, train
+from diffusion.train import train
 from diffusion.tuned import find_tuned, open_base, open_tuned
 from evaluators.report import write_report
 from evaluators.results import Report, measured
@@ -39,8 +40,9 @@ def demo(recipe: str, overrides: Sequence[str]) -> int:
     if evaluation is None:
         raise UserError("this recipe has no evaluation section", place=recipe, fix="Train it with 'mmalign train'.")
     out = config.loop.output_dir
-    print(f"== candidates: {config.data.path}", flush=True)
-    ensure_store(config, models.load_model(config.model))
+    if config.data and config.candidates:
+        print(f"== candidates: {config.data.path}", flush=True)
+        ensure_store(config, models.load_model(config.model))
     for arm, changes in evaluation.arms.items():
         print(f"\n== train {arm}", flush=True)
         code = train(configuration.load(TrainConfig, recipe, [*overrides, *changes, f"loop.output_dir={out / arm}"]))

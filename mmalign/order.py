@@ -10,8 +10,11 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,7 @@ class Order:
         return [updates[index] for index in generator.permutation(len(updates))]
 
 
-def share(picks: Sequence[Pick], *, forward: int, rank: int, world: int, batch_size: int) -> list[Pick]:
+def share(picks: Sequence[T], *, forward: int, rank: int, world: int, batch_size: int) -> list[T]:
     """The picks of one forward on one process. Over all forwards and processes every pick is taken once."""
     start = (forward * world + rank) * batch_size
     return list(picks[start : start + batch_size])

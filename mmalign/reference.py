@@ -38,6 +38,10 @@ class Reference(Protocol):
         """
         ...
 
+    def run(self, compute: Compute) -> Tensor:
+        """Whatever else the reference makes, without a graph; nothing of it is kept."""
+        ...
+
 
 class AdaptersOff:
     """The trained module itself with its adapters switched off: no second copy of the weights.
@@ -51,6 +55,9 @@ class AdaptersOff:
         self._module, self._disabled = module, disabled
 
     def score(self, keys: Sequence[str], compute: Compute) -> Tensor:
+        return self.run(compute)
+
+    def run(self, compute: Compute) -> Tensor:
         with torch.no_grad(), self._disabled():
             return compute(self._module)
 
@@ -67,6 +74,9 @@ class FrozenCopy:
         self._module, self._autocast = module.requires_grad_(False).eval(), autocast
 
     def score(self, keys: Sequence[str], compute: Compute) -> Tensor:
+        return self.run(compute)
+
+    def run(self, compute: Compute) -> Tensor:
         with torch.no_grad(), self._autocast():
             return compute(self._module)
 
@@ -103,6 +113,9 @@ class Cached:
         rows = self._inner.score(keys, compute).detach()
         self._rows.update(zip(keys, rows, strict=True))
         return rows
+
+    def run(self, compute: Compute) -> Tensor:
+        return self._inner.run(compute)
 
     def save(self) -> None:
         """Write what is new, aside and renamed. The trainer calls it with every checkpoint.

@@ -172,6 +172,7 @@ def run_jobs(jobs: Sequence[Mapping[str, Any]], folder: Path, *, processes: int 
 
 def interrupt(number: int, where: str, count: int) -> None:
     """Make this process send itself a signal at a point of its training."""
+    from diffusion import trajectories
     from diffusion import weights as writing
     from diffusion.methods import dpo
 
@@ -189,7 +190,8 @@ def interrupt(number: int, where: str, count: int) -> None:
         return wrapper
 
     if where == "forward":
-        dpo.DiffusionDPO.losses = counted(dpo.DiffusionDPO.losses, after=False)  # type: ignore[method-assign]  # the point
+        for kind in (dpo.DiffusionDPO, trajectories.TrajectoryMethod):
+            kind.losses = counted(kind.losses, after=False)  # type: ignore[method-assign]  # the point
     else:
         writing.save_weights = counted(writing.save_weights, after=True)
 

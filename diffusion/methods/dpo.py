@@ -16,38 +16,22 @@ The scale k is theirs by default: 0.5 * beta on mean errors.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffusion.parts import (
-    PairBatch,
-    Parts,
-    draw_timesteps,
-    mean_over_pairs,
-    pair_metrics,
-)
+from diffusion.comparison import Comparison, ComparisonOptions
+from diffusion.parts import PairBatch, Parts, draw_timesteps
 from diffusion.schedule import timestep_choices
-from mmalign.config import Settings
-from mmalign.losses import PairTerms, equivalents, implicit_rewards, logit_scale, weighted_sum
 from mmalign.method import Metrics, OneLoss
 
+FEED = "pairs"
 
-class Options(Settings):
+
+class Options(ComparisonOptions):
     """Keys of the recipe's `method` section."""
 
-    beta: float = Field(5000.0, gt=0, description="strength of the pull to the reference, in `convention`")
-    convention: Literal["mean_half", "mean", "sum"] = Field(
-        "mean_half", description="mean_half: the authors' code; mean: diffusers' SD1.5 script; sum: papers"
-    )
-    loss: dict[str, float | dict[str, float]] = Field(
-        {"sigmoid": 1.0}, description="losses of the core and their weights"
-    )
-    error_space: Literal["native", "epsilon", "x0", "v"] = Field(
-        "native", description="what is compared; native is what the model predicts"
-    )
     shared_noise: bool = Field(True, description="the same noise on both sides of a pair")
     timesteps: tuple[int, ...] | None = Field(
         None, description="the only timesteps to train at, for few-step models; null: all"
@@ -61,42 +45,20 @@ class DiffusionDPO(OneLoss):
         self._choices = timestep_choices(
             parts.schedule, options.timesteps, shared_noise=options.shared_noise, space=options.error_space
         )
-        self._options, self._parts = options, parts
-        self._scale = logit_scale(options.beta, options.convention, parts.elements)
-        self._pair_loss = weighted_sum(options.loss, place="method.loss")
+        self._shared_noise = options.shared_noise
+        self._comparison = Comparison(options, parts)
 
     def describe(self) -> dict[str, str]:
         """Lines for the block printed at the start."""
-        same = ", ".join(f"{name} {beta:g}" for name, beta in equivalents(self._scale, self._parts.elements).items())
-        return {"logit scale": f"{self._scale:g} on mean errors (beta: {same})"}
+        return self._comparison.describe()
 
     def losses(self, batch: PairBatch) -> Iterator[tuple[Tensor, Metrics]]:
-        parts, options = self._parts, self._options
         draws = batch.draws("noise")
         t = draw_timesteps(draws, self._choices).repeat(2)  # [2 * pairs]
         shape = batch.latents.shape[1:]
         noise = draws.normal(shape)
-        noise = torch.cat([noise, noise if options.shared_noise else draws.normal(shape)])
-        noisy = parts.schedule.add_noise(batch.latents, noise, t)
-        target = parts.schedule.target(batch.latents, noise, t)
-
-        def errors(module: nn.Module) -> Tensor:  # [2 * pairs]
-            prediction = parts.predict(module, noisy, t, batch.conditioning)
-            return parts.schedule.errors(prediction, target, t, space=options.error_space)
-
-        reference = parts.reference.score(batch.row_keys, errors)  # first: no graph is alive while adapters are off
-        policy = errors(parts.module)
-        rewards = implicit_rewards(policy, reference, self._scale)
-        chosen, rejected = rewards.chunk(2)
-        terms = PairTerms(
-            margin=chosen - rejected,
-            scale=self._scale,
-            confidence=batch.confidence,
-            gap=batch.gap,
-            chosen_errors=policy.chunk(2)[0],
-        )
-        loss = mean_over_pairs(self._pair_loss(terms), batch.weights)
-        yield loss, pair_metrics(rewards, policy, reference)
+        noise = torch.cat([noise, noise if self._shared_noise else draws.normal(shape)])
+        yield self._comparison.loss(batch, noise, t)
 
 
 def build(options: Options, parts: Parts) -> DiffusionDPO:

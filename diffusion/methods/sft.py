@@ -18,6 +18,8 @@ from diffusion.schedule import timestep_choices
 from mmalign.config import Settings
 from mmalign.method import Metrics, OneLoss
 
+FEED = "pairs"
+
 
 class Options(Settings):
     """Keys of the recipe's `method` section."""
