@@ -36,6 +36,7 @@ VERBS = {
     "sample": Verb("diffusion.sample:main", "draw images from a model, with or without a trained adapter"),
     "accuracy": Verb("diffusion.accuracy:main", "how a tuned model ranks held-out pairs, with an interval"),
     "export": Verb("diffusion.export:main", "write weights in another tool's layout and prove that they act"),
+    "bench": Verb("diffusion.bench:main", "all methods side by side on the embedded world, at equal budget"),
     "build": Verb("diffusion.build:main", "rebuild the embedded models from their seeds"),
     "doctor": Verb("mmalign.doctor:main", "print versions, devices, extras and packages that are in the way"),
 }
