@@ -7,20 +7,20 @@ comes from diffusers or transformers themselves. Weights are safetensors only; n
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import diffusers
-import huggingface_hub
 import torch
 import transformers
-from huggingface_hub import errors as hub
-from safetensors import SafetensorError
 
+from diffusion import hub
+from diffusion.overlays import open_unet
+from diffusion.schedulers import CLASSES as SCHEDULER_CLASSES
+from diffusion.schedulers import choose_scheduler
 from diffusion.settings import ModelSettings
 from mmalign import shapes
-from mmalign.errors import UserError
+from mmalign.errors import UserError, nearest
 
 Family: TypeAlias = Literal["sd", "sdxl"]
 
@@ -33,19 +33,20 @@ PARTS: dict[Family, tuple[str, ...]] = {
 CLASSES = {"vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}
 LIBRARIES = {None, "diffusers", "transformers", "stable_diffusion"}
 INDEX = "model_index.json"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def open_pipeline(settings: ModelSettings, *, unet_dtype: torch.dtype) -> Any:
-    """The pipeline that `settings` names, on the CPU, in eval mode and with nothing trainable.
+    """The pipeline that `settings` names, on the CPU, in eval mode and with nothing trainable; its LoRA is not in it.
 
     Raises:
         UserError: no such folder or hub model, not in the local cache while offline, not a pipeline, a kind
             that is not supported, parts missing, or weights that are not safetensors.
     """
-    source = str(shapes.model_folder("t2i")) if settings.path == "shapes" else settings.path
     place = f"model.path: {settings.path}"
-    offline = settings.offline or huggingface_hub.constants.HF_HUB_OFFLINE
+    embedded = embedded_model(settings)
+    source = settings.path if embedded is None else str(shapes.model_folder(embedded.base))
+    overlay = None if embedded is None or embedded.overlay is None else shapes.model_folder(embedded.overlay)
+    offline = hub.is_offline(settings.offline)
     index = _read_index(source, settings.revision, offline, place)
     family = _check_index(index, place)
     if Path(source).is_dir():
@@ -57,6 +58,18 @@ def open_pipeline(settings: ModelSettings, *, unet_dtype: torch.dtype) -> Any:
     parts: dict[str, Any] = {}
     if settings.vae is not None:
         parts["vae"] = _open_vae(settings.vae, options)
+    if settings.unet is not None or overlay is not None:
+        base = hub.read_json(
+            source,
+            "unet/config.json",
+            revision=settings.revision,
+            offline=offline,
+            place=place,
+            missing="the pipeline's UNet has no config.json",
+        )
+        parts["unet"] = open_unet(settings.unet or str(overlay), base, dtype=unet_dtype, offline=offline)
+    if overlay is not None:
+        parts["scheduler"] = _open_scheduler(overlay / "scheduler", place)
     unused = ["image_encoder", "feature_extractor"] + (["safety_checker"] if family == "sd" else [])
     extra = {"requires_safety_checker": False} if family == "sd" else {"add_watermarker": False}
     try:
@@ -70,24 +83,40 @@ def open_pipeline(settings: ModelSettings, *, unet_dtype: torch.dtype) -> Any:
             **dict.fromkeys(unused),
             **extra,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, hub.HfHubHTTPError) as error:
+    except hub.LOADING as error:
         raise UserError(
-            f"cannot load the pipeline: {_reason(error)}", place=place, fix="Its weights must be safetensors"
+            f"cannot load the pipeline: {hub.reason(error)}", place=place, fix="Its weights must be safetensors"
         ) from error
     _check_parts(pipeline, place)
     # SDXL's own VAE overflows in fp16 and says so in its configuration: it runs in fp32, as in the pipeline.
     keep = family == "sdxl" and dtype == torch.float16 and pipeline.vae.config.force_upcast
     pipeline.vae.to(torch.float32 if keep else dtype)
-    if settings.prediction_type is not None:
-        pipeline.scheduler = type(pipeline.scheduler).from_config(
-            pipeline.scheduler.config, prediction_type=settings.prediction_type
-        )
+    pipeline.scheduler = choose_scheduler(
+        pipeline.scheduler,
+        name=settings.scheduler,
+        prediction_type=settings.prediction_type,
+        distilled_steps=settings.distilled_steps,
+    )
     for name in PARTS[family]:
         module = getattr(pipeline, name)
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def embedded_model(settings: ModelSettings) -> shapes.Embedded | None:
+    """What `model.path` stands for if it is the name of a model that comes along; a folder of that name is a folder.
+
+    Raises:
+        UserError: a name like theirs that none of them has.
+    """
+    if not settings.path.startswith("shapes") or Path(settings.path).is_dir() or "/" in settings.path:
+        return None
+    if settings.path not in shapes.MODELS:
+        fix = nearest(settings.path, shapes.MODELS)
+        raise UserError("no model of this name comes along", place=f"model.path: {settings.path}", fix=fix)
+    return shapes.MODELS[settings.path]
 
 
 def _no_noise() -> None:
@@ -100,50 +129,12 @@ def _no_noise() -> None:
 def _read_index(source: str, revision: str | None, offline: bool, place: str) -> dict[str, Any]:
     """The content of model_index.json, of a folder or a hub model."""
     folder = Path(source)
-    if folder.is_dir():
-        file = folder / INDEX
-    elif folder.is_file():
+    if folder.is_file():
         raise UserError("this is a file, not a pipeline folder", place=place, fix="Convert it with diffusers first")
-    elif not HUB_ID.fullmatch(source):
+    if not folder.is_dir() and not hub.HUB_ID.fullmatch(source):
         raise UserError("there is no such folder", place=place, fix="Give a diffusers folder or a hub id owner/name")
-    else:
-        file = Path(_download_index(source, revision, offline, place))
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"not a diffusers pipeline: the folder has no {INDEX}",
-            place=place,
-            fix="Give the pipeline's top folder",
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{INDEX} cannot be read: {error}", place=place) from error
-    if not isinstance(index, dict):
-        raise UserError(f"{INDEX} is not an object", place=place)
-    return index
-
-
-def _download_index(name: str, revision: str | None, offline: bool, place: str) -> str:
-    try:
-        return str(huggingface_hub.hf_hub_download(name, INDEX, revision=revision, local_files_only=offline))
-    except hub.GatedRepoError as error:
-        cause, fix = (
-            "the hub asks for a login and an accepted licence",
-            "Accept it there and log in with `hf auth login`",
-        )
-        raise UserError(cause, place=place, fix=fix) from error
-    except hub.RevisionNotFoundError as error:
-        raise UserError(f"the model has no revision '{revision}'", place=place) from error
-    except hub.RepositoryNotFoundError as error:
-        cause = "neither a folder here nor a model on the hub that you may read"
-        raise UserError(cause, place=place, fix="Check the spelling, or log in for a private one") from error
-    except hub.LocalEntryNotFoundError as error:
-        cause = "no folder here, and not in the local hub cache" + (" (offline)" if offline else "")
-        raise UserError(cause, place=place, fix="Download it once while online, or give a folder") from error
-    except hub.EntryNotFoundError as error:
-        raise UserError(f"not a diffusers pipeline: the model has no {INDEX}", place=place) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot ask the hub: {_reason(error)}", place=place) from error
+    missing = f"not a diffusers pipeline: the {'folder' if folder.is_dir() else 'model'} has no {INDEX}"
+    return hub.read_json(source, INDEX, revision=revision, offline=offline, place=place, missing=missing)
 
 
 def _check_index(index: dict[str, Any], place: str) -> Family:
@@ -185,13 +176,18 @@ def _check_weights(folder: Path, family: Family, place: str) -> None:
 
 def _open_vae(source: str, options: dict[str, Any]) -> Any:
     place = f"model.vae: {source}"
-    if not Path(source).is_dir() and not HUB_ID.fullmatch(source):
+    if not Path(source).is_dir() and not hub.HUB_ID.fullmatch(source):
         raise UserError("there is no such folder", place=place, fix="Give a folder or a hub id owner/name")
     inside = (Path(source) / "vae" / "config.json").is_file()  # a whole pipeline's folder will do as well
     try:
         return diffusers.AutoencoderKL.from_pretrained(source, subfolder="vae" if inside else None, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, hub.HfHubHTTPError) as error:
-        raise UserError(f"cannot load the VAE: {_reason(error)}", place=place) from error
+    except hub.LOADING as error:
+        raise UserError(f"cannot load the VAE: {hub.reason(error)}", place=place) from error
+
+
+def _open_scheduler(folder: Path, place: str) -> Any:
+    config = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8"))
+    return SCHEDULER_CLASSES[config["_class_name"]].from_config(config)
 
 
 def _check_parts(pipeline: Any, place: str) -> None:
@@ -210,9 +206,3 @@ def _check_parts(pipeline: Any, place: str) -> None:
             place=place,
             fix="Use a plain Stable Diffusion or SDXL model",
         )
-
-
-def _reason(error: Exception) -> str:
-    """The first line of a library's message, short enough for ours."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200].rstrip(". ")

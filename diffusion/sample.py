@@ -14,6 +14,9 @@ from pathlib import Path
 from mmalign.cli import Parser
 from mmalign.errors import UserError
 
+STEPS, GUIDANCE = 30, 7.5
+FEW_STEPS = 4
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`mmalign sample [CHECKPOINT] [--model PATH] --prompts TEXT|FILE ... --out FOLDER`."""
@@ -30,8 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, help="prompts drawn from each file (default: all)")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--seed", type=int, default=0, help="noise of the first prompt (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=30, help="denoising steps (default: %(default)s)")
-    parser.add_argument("--guidance-scale", type=float, default=7.5, help="1 or less: none (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help=f"denoising steps (default: {STEPS}; few-step models {FEW_STEPS})")
+    parser.add_argument(
+        "--guidance-scale", type=float, help=f"1 or less: none (default: {GUIDANCE:g}; few-step models none)"
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="pictures per forward (default: %(default)s)")
     said = parser.parse_args(argv)
     if said.checkpoint is None and said.model is None:
@@ -58,7 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = open_tuned(tuned)
         name = f"{model.identity} + {tuned.checkpoint.parent.name}/{tuned.checkpoint.name}/{tuned.weights.name}"
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    sampler = SamplerSettings(steps=said.steps, guidance_scale=said.guidance_scale)
+    few = model.distilled_steps
+    steps = said.steps or (STEPS if few is None else min(few, FEW_STEPS))
+    model.require_steps(steps, "--steps")
+    guidance = said.guidance_scale if said.guidance_scale is not None else GUIDANCE if few is None else 0.0
+    sampler = SamplerSettings(steps=steps, guidance_scale=guidance)
     draw(model, name, prompts, said.out, seed=said.seed, sampler=sampler, batch_size=said.batch_size)
     print(f"{len(prompts)} pictures of {name} in {said.out}")
     return 0

@@ -106,6 +106,16 @@ class NoiseSchedule:
         a, s = self._factors(latents, t)
         return a * latents + s * noise
 
+    def implied_noise(
+        self,
+        x_t: Float[Tensor, "batch ..."],
+        latents: Float[Tensor, "batch ..."],
+        t: Int64[Tensor, " batch"],
+    ) -> Float[Tensor, "batch ..."]:
+        """The noise with which `add_noise` takes the clean latents to x_t: eps = (x_t - a x0) / s."""
+        a, s = self._factors(x_t, t)
+        return (x_t - a * latents) / s
+
     def target(
         self,
         latents: Float[Tensor, "batch ..."],
@@ -183,6 +193,7 @@ def timestep_choices(
     *,
     shared_noise: bool,
     space: ErrorSpace = "native",
+    place: str = "method.timesteps",
 ) -> Int64[Tensor, " choices"]:
     """The timesteps that training draws from, on the CPU.
 
@@ -194,6 +205,7 @@ def timestep_choices(
         requested: timesteps of a recipe (SDXL-Turbo: 249, 499, 749); None for all that can teach something.
         shared_noise: both sides of a pair get the same noise.
         space: of the errors.
+        place: configuration key that says which timesteps, for messages.
 
     Raises:
         UserError: a requested timestep does not exist or cannot teach anything.
@@ -204,7 +216,6 @@ def timestep_choices(
     silent = no_signal.cpu() & (shared_noise if in_noise else predicts_noise)
     if requested is None:
         return (~silent).nonzero().flatten()
-    place = "method.timesteps"
     if not requested:
         raise UserError("no timesteps to train on", place=place, fix="Give at least one, or null for all")
     for t in requested:

@@ -16,10 +16,33 @@ Pixels = Annotated[int, Field(gt=0)]
 class ModelSettings(Settings):
     """Which pipeline, and how it is run."""
 
-    path: str = Field(min_length=1, description="a diffusers folder, a hub id, or shapes: the model that comes along")
+    path: str = Field(
+        min_length=1,
+        description="a diffusers folder, a hub id, or a model that comes along: shapes, or shapes-4step, distilled",
+    )
     revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
     variant: str | None = Field(default=None, description="of the weight files: fp16 reads *.fp16.safetensors")
     vae: str | None = Field(default=None, description="folder or hub id of another VAE, say an fp16-safe one for SDXL")
+    unet: str | None = Field(
+        default=None,
+        min_length=1,
+        description="another UNet of the same architecture: folder, hub id, or .safetensors file, also as "
+        "owner/name/FILE.safetensors (DMD2 over SDXL)",
+    )
+    lora: str | None = Field(
+        default=None,
+        min_length=1,
+        description="a LoRA fused in before training: folder, hub id, or .safetensors file (LCM-LoRA)",
+    )
+    scheduler: Literal["ddim", "ddpm", "euler_ancestral", "lcm"] | None = Field(
+        default=None, description="what draws pictures, with the noise levels of the model's own; null: its own"
+    )
+    distilled_steps: int | None = Field(
+        default=None,
+        gt=0,
+        description="of a few-step model, how many timesteps it was distilled at: 4 for SDXL-Turbo and DMD2 "
+        "(999, 749, 499, 249); null: not a few-step model, or as its LCM scheduler says",
+    )
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32",
         description="of what is not trained: text encoders, VAE and, with an adapter, the UNet",
@@ -100,13 +123,24 @@ class LatentSettings(Settings):
 class PairingSettings(Settings):
     """How pairs are made from records; see `mmalign.pairing.Pairing`."""
 
-    strategy: Strategy = Field(default="auto", description="by votes, best against worst, or all pairs")
+    strategy: Strategy = Field(
+        default="auto",
+        description="by votes, best against worst, all pairs, or unpaired: desirable pictures beside undesirable ones",
+    )
     score: str | None = Field(default=None, description="the score to compare by; null: the only one there is")
     min_gap: float = Field(default=0.0, ge=0, description="pairs with a smaller difference are left out")
     max_gap: float | None = Field(default=None, description="pairs with a larger one are left out")
     ties: Ties = Field(default="drop", description="drop, or soft: a coin flip for losses with soft labels")
+    spread: float | None = Field(
+        default=None,
+        gt=0,
+        description="pairs by scores get the probability sigmoid(gap / spread), for losses with soft labels; null: sure",
+    )
     max_pairs_per_prompt: int | None = Field(default=None, gt=0, description="a seeded draw from prompts with more")
-    seed: int = Field(default=0, ge=0, description="of that draw")
+    seed: int = Field(default=0, ge=0, description="of that draw, and of which unpaired pictures meet")
+    threshold: float | None = Field(
+        default=None, description="unpaired pictures are desirable from this score on; null: from the middle"
+    )
 
     def build(self) -> Pairing:
         """The core's description of the same."""

@@ -92,6 +92,8 @@ def open_base(tuned: Tuned) -> DiffusionModel:
         UserError: what is at its path is another model.
     """
     model = models.load_model(tuned.config.model, train_full=tuned.full)
+    if tuned.config.loop.init_from:
+        weights.start_from(model, Path(tuned.config.loop.init_from))
     trained_on = str(tuned.manifest.summary.get("base", ""))
     # By content alone: a model may be moved or renamed.
     if trained_on.rpartition("@")[2] != model.identity.rpartition("@")[2]:
@@ -100,8 +102,6 @@ def open_base(tuned: Tuned) -> DiffusionModel:
             place=tuned.config.model.path,
             fix="Give the base it was trained on with --model.",
         )
-    if tuned.config.loop.init_from:
-        weights.start_from(model, Path(tuned.config.loop.init_from))
     return model
 
 

@@ -45,6 +45,45 @@ def lines(points: Sequence[Point], *, name: str, zero: Number | None = None, sty
     return _svg(parts, f"{name}: from {label(first)} to {label(last)} over {len(points)} logged steps", HEIGHT)
 
 
+def tracks(
+    series: Sequence[tuple[str, Sequence[Point], str]],
+    *,
+    name: str,
+    zero: Number | None = None,
+    mark: Number | None = None,
+) -> str:
+    """Several values over the same steps, each logged value a dot, with a legend below.
+
+    Args:
+        series: (label, (step, value) with steps rising, class), at least one, each with at least one point.
+        name: what is drawn, for those who hear the page.
+        zero: a value to compare with, drawn dashed.
+        mark: a step to point out, drawn as a dashed upright line.
+    """
+    steps = [step for _, points, _ in series for step, _ in points] + ([] if mark is None else [mark])
+    values = [value for _, points, _ in series for _, value in points] + ([] if zero is None else [zero])
+    x = _Axis(min(steps), max(steps), LEFT, WIDTH - RIGHT, whole=True)
+    y = _Axis(min(values), max(values), HEIGHT - BOTTOM, TOP, room=0.06)
+    parts = [_frame(x, y, across="step")]
+    if zero is not None:
+        parts.append(_line(LEFT, y(zero), WIDTH - RIGHT, y(zero), "c-zero"))
+    if mark is not None:
+        parts.append(_line(x(mark), TOP, x(mark), HEIGHT - BOTTOM, "c-zero"))
+    for index, (row, points, style) in enumerate(series):
+        places = [f"{_n(x(step))},{_n(y(value))}" for step, value in points]
+        parts.append(f'<polyline class="c-smooth {style}" points="{" ".join(places)}"/>')
+        for place in places:
+            across, up = place.split(",")
+            parts.append(f'<circle class="c-dot {style}" cx="{across}" cy="{up}" r="2.5"/>')
+        if len(series) > 1:
+            middle = HEIGHT + 8 + 16 * index
+            parts.append(f'<circle class="c-dot {style}" cx="{LEFT + 4}" cy="{middle}" r="4"/>')
+            parts.append(_text(LEFT + 14, middle + 4, row if len(row) <= 44 else row[:43] + "…", "start", "c-name"))
+    told = "; ".join(f"{row} from {label(points[0][1])} to {label(points[-1][1])}" for row, points, _ in series)
+    marked = "" if mark is None else f"; stopped at step {label(mark)}"
+    return _svg(parts, f"{name}: {told}{marked}", HEIGHT + (16 * len(series) + 4 if len(series) > 1 else 0))
+
+
 def forest(rows: Sequence[tuple[str, Number, Point, str]], *, blind: Number, name: str) -> str:
     """Win rates with their intervals around one half, on an axis from 0 to 100 %.
 

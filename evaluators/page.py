@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from evaluators import charts
+from evaluators.overoptimisation import Look, deviations, first_verdict
 from evaluators.results import BASE, Report, percent, points, sentences, signed
 from mmalign.statistics import Interval, PairedReport
 
@@ -30,6 +31,7 @@ _NUMBERS: dict[str, tuple[str, str, bool]] = {
     "clip_mean": ("CLIP", "similarity of prompt and picture", False),
     "style_mean": ("Style", "how much of the taught style a picture has", False),
 }
+_OTHERS = ("arm-2", "arm-3", "arm-0")  # classes of the scorers that a watched run is not rewarded by
 # Curves drawn where a run logged them: title, and the value that means nothing was learned.
 _CURVES: dict[str, tuple[str, float | None]] = {
     "loss": ("loss", None),
@@ -38,11 +40,12 @@ _CURVES: dict[str, tuple[str, float | None]] = {
 }
 
 
-def render(report: Report, curves: Mapping[str, Curves]) -> str:
+def render(report: Report, curves: Mapping[str, Curves], watches: Mapping[str, Sequence[Look]] | None = None) -> str:
     """The page as HTML.
 
     Args:
         curves: for the arms that were trained, the points of each logged number.
+        watches: for those that were watched for over-optimisation, what was seen.
     """
     pair = report.paired[report.aligned]
     found = "good" if pair.ci95[0] > 0.5 else "worse" if pair.ci95[1] < 0.5 else "none"
@@ -59,6 +62,7 @@ def render(report: Report, curves: Mapping[str, Curves]) -> str:
         _table(report),
         _differences(report),
         _curves(report, curves),
+        _watches(report, watches or {}),
         _notes(report.notes),
         _again(report),
     ]
@@ -275,6 +279,60 @@ def _curves(report: Report, curves: Mapping[str, Curves]) -> str:
         "nothing learned. Losses of different methods have different scales.</p>"
         f'<div class="charts">{"".join(figures)}</div></section>'
     )
+
+
+def _watches(report: Report, watches: Mapping[str, Sequence[Look]]) -> str:
+    """Of every watched arm, what the reward's rise cost, and where the rule fired."""
+    if not watches:
+        return ""
+    said = []
+    figures = []
+    for name, history in watches.items():
+        arm, fired = report.arms[name].label, first_verdict(history)
+        found = f"the rule fired: {fired.verdict}" if fired else "the rule did not fire"
+        said.append(f"<li><b>{escape(arm)}</b>: {len(history)} looks; {escape(found)}.</li>")
+        figures += _watched(arm, history, None if fired is None else fired.step)
+    return (
+        '<section><h2>Over-optimisation</h2><p class="quiet">Looks at held-out prompts during training. A reward that '
+        "rises while scorers it does not know fall is being exploited. Upright dashes: where the rule fired first.</p>"
+        f'<ul>{"".join(said)}</ul><div class="charts">{"".join(figures)}</div></section>'
+    )
+
+
+def _watched(arm: str, history: Sequence[Look], mark: int | None) -> list[str]:
+    steps = [one.step for one in history]
+
+    def points(values: Sequence[float]) -> list[charts.Point]:
+        return list(zip(steps, values, strict=True))
+
+    others = list(history[0].held_out)
+    told = f"{arm}: reward and held-out scorers"
+    series = [("reward", points(deviations(history, None)), "arm-1")]
+    series += [
+        (f"held out: {other}", points(deviations(history, other)), _OTHERS[index % len(_OTHERS)])
+        for index, other in enumerate(others)
+    ]
+    figures = [
+        _figure(
+            told,
+            charts.tracks(series, name=told, zero=0.0, mark=mark),
+            "Change of the mean from the base, in deviations of the base over prompts.",
+        )
+    ]
+    kl: list[charts.Point] = [(one.step, one.kl) for one in history if one.kl is not None]
+    single: dict[str, tuple[list[charts.Point], str]] = {
+        "implicit KL": (kl, "From the reference."),
+        "diversity": (points([one.diversity for one in history]), "Mean distance of two pictures."),
+        "degenerate pictures": (
+            points([one.degenerate for one in history]),
+            "Share that is flat, garish, noise, or a copy of another prompt's.",
+        ),
+    }
+    for title, (values, below) in single.items():
+        if values:
+            told = f"{arm}: {title}"
+            figures.append(_figure(told, charts.tracks([(title, values, "arm-1")], name=told, mark=mark), below))
+    return figures
 
 
 # ------------------------------------------------------------------------------------------------- words

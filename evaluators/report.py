@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluators.charts import Point
+from evaluators.overoptimisation import FILE, read_history
 from evaluators.page import render
 from evaluators.results import Arm, Report, as_json, headline, measured
 from mmalign.errors import UserError
@@ -21,16 +22,20 @@ LARGEST = 1e100  # values of a curve beyond this are a divergence, which has no 
 def write_report(folder: Path, report: Report) -> Path:
     """Writes report.json and report.html into `folder`, each whole or not at all.
 
+    What was seen of an arm's over-optimisation is read beside its `curves`, where the run had a watch.
+
     Returns:
         The page.
 
     Raises:
-        UserError: a number is not finite, a metrics file is missing or damaged, or the folder cannot be
-            written.
+        UserError: a number is not finite, a metrics file is missing, it or a watch's is damaged, or the folder
+            cannot be written.
     """
-    text = json.dumps(as_json(report), allow_nan=False, indent=1, sort_keys=True) + "\n"
+    watches = {name: read_history(arm.curves.with_name(FILE)) for name, arm in report.arms.items() if arm.curves}
+    watches = {name: history for name, history in watches.items() if history}
+    text = json.dumps(as_json(report, watches), allow_nan=False, indent=1, sort_keys=True) + "\n"
     curves = {name: read_metrics(arm.curves) for name, arm in report.arms.items() if arm.curves is not None}
-    page = render(report, curves)
+    page = render(report, curves, watches)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / JSON, text)

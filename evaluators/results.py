@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from evaluators.overoptimisation import Look, first_verdict
 from mmalign.errors import UserError
 from mmalign.statistics import Interval, PairedReport, bootstrap_interval, wilson_interval
 
@@ -147,12 +148,16 @@ class Report:
 # -------------------------------------------------------------------------------------------------- JSON
 
 
-def as_json(report: Report) -> dict[str, Any]:
+def as_json(report: Report, watches: Mapping[str, Sequence[Look]] | None = None) -> dict[str, Any]:
     """What report.json holds: finite numbers, lists, mappings and text only.
 
     `base` and `aligned` are arms (`aligned.arm` is its name), every other arm is under its name. `paired`
     compares aligned with base; `paired_arms`, `faithful_arms` and `over` are `Report.paired`, `.faithful` and
-    `.over`.
+    `.over`. `watch` has, of each arm that was watched for over-optimisation, what was logged at each look, and
+    why and when the rule fired first, or null.
+
+    Args:
+        watches: arm -> its looks.
 
     Raises:
         UserError: a number is not finite.
@@ -183,6 +188,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "faithful_arms": {name: asdict(pair) for name, pair in report.faithful.items()},
         "over": {name: asdict(pair) for name, pair in report.over.items()},
         "notes": list(report.notes),
+        "watch": {name: _watched(history) for name, history in (watches or {}).items()},
     }
     assert set(said) == _KEYS
     plain: dict[str, Any] = _plain({**said, **arms}, "report")
@@ -191,8 +197,16 @@ def as_json(report: Report) -> dict[str, Any]:
 
 _KEYS = {
     "method", "preference", "title", "headline", "prompts", "seed", "seconds", "versions", "config",
-    "command", "paired", "paired_arms", "faithful_arms", "over", "notes",
+    "command", "paired", "paired_arms", "faithful_arms", "over", "notes", "watch",
 }  # fmt: skip
+
+
+def _watched(history: Sequence[Look]) -> dict[str, Any]:
+    fired = first_verdict(history)
+    return {
+        "fired": None if fired is None else {"step": fired.step, "verdict": fired.verdict},
+        "looks": [{"step": one.step, **one.metrics()} for one in history],
+    }
 
 
 def _plain(value: Any, place: str) -> Any:

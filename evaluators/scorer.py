@@ -19,13 +19,20 @@ from mmalign.errors import UserError, nearest
 
 @runtime_checkable
 class Scorer(Protocol):
-    """Scores pictures. `name` of its `main` number; `identity` as `id@version`, stored with every number."""
+    """Scores pictures.
+
+    `numbers` names all that it may give, `main` the one that is the score; `identity` as `id@version` is stored with
+    every number.
+    """
 
     @property
     def identity(self) -> str: ...
 
     @property
     def main(self) -> str: ...
+
+    @property
+    def numbers(self) -> tuple[str, ...]: ...
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[dict[str, float]]:
         """Named numbers for each (prompt, picture). A picture's numbers do not depend on the rest of the batch."""

@@ -15,7 +15,7 @@ loss is adding a function and naming it in `PAIR_LOSSES`: `weighted_sum` reads t
 Sources: DPO Rafailov et al. 2305.18290; Diffusion-DPO Wallace et al. 2311.12908; cDPO Mitchell 2023, "A note
 on DPO with noisy preferences"; robust DPO Chowdhury et al. 2403.00409; IPO Azar et al. 2310.12036; SLiC-HF
 Zhao et al. 2305.10425; KTO Ethayarajh et al. 2402.01306, on images Li et al. 2404.04465; PRDP Deng et al.
-2402.08714.
+2402.08714; D3PO Yang et al. 2311.13231; PSO Miao et al. 2410.03190; DDPO Black et al. 2305.13301.
 """
 
 from __future__ import annotations
@@ -127,6 +127,22 @@ def robust(margin: Float[Tensor, " pairs"], *, flip_rate: float) -> Float[Tensor
     return ((1 - flip_rate) * sigmoid(margin) - flip_rate * sigmoid(-margin)) / (1 - 2 * flip_rate)
 
 
+def smoothed(
+    margin: Float[Tensor, " pairs"], confidence: Float[Tensor, " pairs"], *, strength: float = 10.0
+) -> Float[Tensor, " pairs"]:
+    """SmPO, -log sigmoid(c (2 p - 1) h): an unsure label scales the margin instead of pulling it back.
+
+    Unlike `soft` it has no minimum: at p > 1/2 the margin may grow without end, only more slowly. A tie teaches
+    nothing. With c = 1 and p = 1 it is DPO.
+
+    Args:
+        confidence: p, the probability in [0, 1] that the chosen side is the better one.
+        strength: c; 10 in the authors' code, beside the beta that they say.
+    """
+    _check_positive("strength", strength)
+    return sigmoid(strength * (2 * confidence - 1) * margin)
+
+
 def ipo(margin: Float[Tensor, " pairs"], scale: float, *, tau: float) -> Float[Tensor, " pairs"]:
     """IPO, (h / k - 1 / (2 tau))^2 (2310.12036, Eq. 17).
 
@@ -167,7 +183,7 @@ def sft(chosen_errors: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
 
 
 PAIR_LOSSES: Mapping[str, Callable[..., Tensor]] = {
-    loss.__name__: loss for loss in (sigmoid, soft, conservative, robust, ipo, hinge, reward_difference, sft)
+    loss.__name__: loss for loss in (sigmoid, soft, smoothed, conservative, robust, ipo, hinge, reward_difference, sft)
 }
 
 
@@ -181,28 +197,41 @@ def kto(
     *,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
+    utility: Literal["kto", "loss_averse", "risk_seeking"] = "kto",
 ) -> Float[Tensor, " items"]:
-    """KTO on unpaired items, w (1 - sigmoid(s (r - z))) with s = 1 if desirable, else -1 (2402.01306).
+    """KTO on unpaired items, w (1 - U(s (r - z))) with s = 1 if desirable, else -1 (2402.01306).
+
+        kto            U(x) = sigmoid(x)            gains and losses both saturate
+        loss_averse    U(x) = log sigmoid(x)        1 - U is DPO's loss of one item, plus 1
+        risk_seeking   U(x) = -log sigmoid(-x)      gains grow without end
 
     Args:
         rewards: implicit rewards r, scaled.
         baseline: z in the same unit, from `kto_baseline`.
         desirable_weight, undesirable_weight: w by label, to even out how many there are of each.
+        utility: U; the last two are Diffusion-KTO's comparisons (2404.04465).
     """
     good = desirable.to(rewards.dtype)
     sign = 2 * good - 1
     weight = desirable_weight * good + undesirable_weight * (1 - good)
-    return weight * torch.sigmoid(-sign * (rewards - baseline))  # 1 - sigmoid(x), without the cancellation
+    gain = sign * (rewards - baseline)
+    if utility == "loss_averse":
+        return weight * (1 - F.logsigmoid(gain))
+    if utility == "risk_seeking":
+        return weight * (1 + F.logsigmoid(-gain))
+    return weight * torch.sigmoid(-gain)  # 1 - sigmoid(x), without the cancellation
 
 
-def mean_across_ranks(values: Float[Tensor, " items"]) -> Float[Tensor, ""]:
-    """The mean over the items of all ranks, each item counting once; detached. 0 if there are none at all."""
+def mean_across_ranks(
+    values: Float[Tensor, " items"], weights: Float[Tensor, " items"] | None = None
+) -> Float[Tensor, ""]:
+    """The mean over the items of all ranks, each counting by its weight; detached. 0 if nothing counts at all."""
     dtype = torch.promote_types(values.dtype, torch.float32)  # a count does not fit into half precision
-    count = torch.tensor(values.numel(), dtype=dtype, device=values.device)
-    total = torch.stack([values.detach().to(dtype).sum(), count])
+    weights = torch.ones_like(values, dtype=dtype) if weights is None else weights.to(dtype)
+    total = torch.stack([(weights * values.detach().to(dtype)).sum(), weights.sum()])
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(total)
-    return (total[0] / total[1].clamp(min=1)).to(values.dtype)
+    return (total[0] / torch.where(total[1] > 0, total[1], 1)).to(values.dtype)
 
 
 def kto_baseline(
@@ -263,6 +292,91 @@ def proximal_reward_difference(
 
 def _differences(values: Tensor) -> Tensor:  # [..., images] -> [..., images, images], row minus column
     return values[..., :, None] - values[..., None, :]
+
+
+# ------------------------------------------------------------------------------ losses on sampling steps
+
+
+def clipped_log_ratio(log_ratio: Float[Tensor, "*items"], clip: float) -> Float[Tensor, "*items"]:
+    """log clip(exp(l), 1 - c, 1 + c): outside the band the gradient is 0, whichever way it was left.
+
+    Args:
+        log_ratio: l, log pi - log pi_ref of a sampling step, the log-densities taken as means over C, H, W.
+        clip: c in (0, 1).
+    """
+    _check_clip(clip)
+    return log_ratio.clamp(math.log1p(-clip), math.log1p(clip))
+
+
+def step_preference(
+    chosen: Float[Tensor, "*items"], rejected: Float[Tensor, "*items"], *, beta: float, clip: float
+) -> Float[Tensor, "*items"]:
+    """D3PO and online PSO: DPO on one sampling step of each of two trajectories (2311.13231, 2410.03190).
+
+        loss = -log sigmoid(beta (log clip(r_chosen) - log clip(r_rejected)))         r = pi / pi_ref of the step
+
+    With the published clip of 0.1 the margin is at most 0.201 beta: at D3PO's beta of 0.1 the loss stays within
+    0.011 of log 2, and progress shows in the reward alone.
+
+    Args:
+        chosen, rejected: log-ratios of the step to the reference, means over C, H, W.
+        beta: 50 in PSO, 0.1 in D3PO.
+        clip: half-width of the band, 0.1 in both.
+    """
+    _check_positive("beta", beta)
+    return -F.logsigmoid(beta * (clipped_log_ratio(chosen, clip) - clipped_log_ratio(rejected, clip)))
+
+
+def policy_gradient(
+    log_ratio: Float[Tensor, "*items"],
+    advantages: Float[Tensor, "*items"],
+    *,
+    clip: float,
+    advantage_clip: float = 5.0,
+) -> Float[Tensor, "*items"]:
+    """DDPO, the clipped surrogate of PPO per sampling step: max(-A r, -A clip(r, 1 - c, 1 + c)) (2305.13301).
+
+    Pessimistic: the gradient stops where the step has already moved the way its advantage wants, by more than c.
+
+    Args:
+        log_ratio: log r, log pi - log pi_old to the policy that drew the step, a mean over C, H, W.
+        advantages: A, see `advantages`; a constant.
+        clip: c in (0, 1); the authors' code has 1e-4.
+        advantage_clip: A is kept within plus and minus it.
+    """
+    _check_clip(clip)
+    _check_positive("advantage_clip", advantage_clip)
+    bounded = advantages.detach().clamp(-advantage_clip, advantage_clip)
+    ratio = log_ratio.exp()
+    return torch.maximum(-bounded * ratio, -bounded * ratio.clamp(1 - clip, 1 + clip))
+
+
+def advantages(rewards: Float[Tensor, "*groups images"]) -> Float[Tensor, "*groups images"]:
+    """(r - mean) / (std + 1e-6) within each group, std that of the population (2305.13301, authors' code).
+
+    In float64, and exactly 0 for a group that ties: there a rounded mean over 1e-6 would be an advantage of its own.
+
+    Args:
+        rewards: the last axis is the group: images of one prompt, or of the whole round.
+    """
+    exact = rewards.double()
+    shifted = exact - exact[..., :1]
+    centred = shifted - shifted.mean(-1, keepdim=True)
+    return (centred / (shifted.std(-1, correction=0, keepdim=True) + 1e-6)).to(rewards.dtype)
+
+
+def dominance(
+    rewards: Float[Tensor, "pairs rewards"], others: Float[Tensor, "pairs rewards"]
+) -> Float[Tensor, " pairs"]:
+    """Which side of a pair wins by several rewards: 1 the first, -1 the other, 0 neither (2410.03190, DMD2 code).
+
+    A side wins if it is at least as good in every reward and better in one. A NaN among a pair's rewards gives NaN
+    rather than pass for a tie.
+    """
+    first = (rewards >= others).all(-1) & (rewards > others).any(-1)
+    other = (others >= rewards).all(-1) & (others > rewards).any(-1)
+    sign = first.to(rewards.dtype) - other.to(rewards.dtype)
+    return torch.where((rewards.isnan() | others.isnan()).any(-1), math.nan, sign)
 
 
 # ------------------------------------------------------------------------------------------ reductions
@@ -384,3 +498,8 @@ def _check_flip_rate(value: float) -> None:
 def _check_positive(name: str, value: float) -> None:
     if not 0 < value < math.inf:
         raise UserError(f"{name} is {value:g}", fix="Give a positive number.")
+
+
+def _check_clip(value: float) -> None:
+    if not 0 < value < 1:
+        raise UserError(f"clip is {value:g}", fix="Give a number between 0 and 1.")

@@ -66,6 +66,8 @@ def make_run(bases: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
         }
         (run / "config.yaml").write_text(json.dumps(recipe))
         model = load_model(settings, train_full=adapter is None)
+        if start := (loop or {}).get("init_from"):
+            weights.start_from(model, Path(start))
         unet = model.unet
         identity = model.identity
         if adapter is not None:

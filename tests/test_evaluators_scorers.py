@@ -14,6 +14,7 @@ from PIL import Image
 
 from evaluators import scorer as scorers
 from evaluators.scorer import Scorer, load, main_scores
+from evaluators.scorers.clip import ClipScorer
 from mmalign import shapes
 from mmalign.errors import UserError
 from mmalign.shapes.render import render
@@ -50,7 +51,7 @@ def test_an_unknown_option_is_refused(name: str) -> None:
 class Fixed:
     """A scorer that says what it is told to."""
 
-    identity, main = "fixed@1", "taste"
+    identity, main, numbers = "fixed@1", "taste", ("taste",)
 
     def __init__(self, values: Sequence[float]) -> None:
         self.values = values
@@ -145,6 +146,22 @@ def test_clip_is_the_cosine_of_transformers_features(clip: Scorer, batch: tuple[
     text, image = (getattr(found, "pooler_output", found) for found in (text, image))
     cosine = torch.nn.functional.cosine_similarity(text, image)
     assert main_scores(clip, prompts, images) == pytest.approx(cosine.tolist(), abs=1e-5)
+
+
+def test_image_features_are_of_length_one_and_of_each_picture_alone(
+    clip: Scorer, batch: tuple[list[str], list[Image.Image]]
+) -> None:
+    assert isinstance(clip, ClipScorer)
+    features = clip.image_features(batch[1])
+    assert features.dtype == torch.float32
+    assert features.norm(dim=-1).tolist() == pytest.approx([1.0] * len(batch[1]), abs=1e-5)
+    torch.testing.assert_close(features[3:4], clip.image_features(batch[1][3:4]), atol=1e-5, rtol=0)
+
+
+def test_a_scorer_names_all_its_numbers(clip: Scorer, batch: tuple[list[str], list[Image.Image]]) -> None:
+    assert set(clip.score(batch[0][:1], batch[1][:1])[0]) == set(clip.numbers)
+    checker = load("shapes")
+    assert set(checker.score([CAPTION], [picture(CAPTION)])[0]) == set(checker.numbers)
 
 
 def test_the_embedded_clip_separates_hard_negatives(clip: Scorer) -> None:

@@ -48,6 +48,7 @@ MARGIN = f64(-3.0, -1.0, -0.2, 0.0, 0.4, 1.3, 5.0)  # away from the kink of the 
 PAIRWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": losses.sigmoid,
     "soft": lambda h: losses.soft(h, torch.full_like(h, 0.7)),
+    "smoothed": lambda h: losses.smoothed(h, torch.full_like(h, 0.7), strength=3.0),
     "conservative": lambda h: losses.conservative(h, flip_rate=0.1),
     "robust": lambda h: losses.robust(h, flip_rate=0.1),
     "ipo": lambda h: losses.ipo(h, 2.0, tau=0.8),
@@ -166,11 +167,18 @@ class TestDiffusionVectors:
             if beta == 5000.0:
                 utility = f64(0.7310585786, 0.92414182, 0.3775406688, 0.119202922)
                 close(1 - losses.kto(rewards, desirable, baseline), utility)
+                close(losses.kto(rewards, desirable, baseline, utility="loss_averse").mean(), 1.8732891043)
+                close(losses.kto(rewards, desirable, baseline, utility="risk_seeking").mean(), -0.1232891043)
 
     def test_t10_drawn_labels_with_the_sft_anchor(self) -> None:
         terms = PairTerms(margin=margins(1.0, "mean"), scale=1.0, confidence=f64(1, 0, 1, 1), chosen_errors=CHOSEN)
         close(weighted_sum({"soft": 1.0})(terms).mean(), 0.693009691497)
         close(weighted_sum({"soft": 1.0, "sft": 1.0})(terms).mean(), 0.855509691497)
+
+    def test_t14_ddpo(self) -> None:
+        log_ratio = f64(-1.0001, -0.9998, -1.0) - f64(-1.0, -1.0, -1.0)
+        loss = losses.policy_gradient(log_ratio, f64(1.5, -7, 0.3), clip=1e-4)
+        close(loss.mean(), 1.0670500308, 1e-9)
 
     def test_t11_pso_dreambooth(self) -> None:
         close(losses.sigmoid(margins(200.0, "mean")).mean(), 0.6810845933)
@@ -243,6 +251,18 @@ class TestIdentities:
         assert torch.equal(losses.robust(MARGIN, flip_rate=0.0), dpo)
         assert torch.equal(losses.soft(MARGIN, torch.ones_like(MARGIN)), dpo)
         assert torch.equal(losses.soft(MARGIN, torch.zeros_like(MARGIN)), losses.sigmoid(-MARGIN))
+
+    def test_smoothing_scales_the_margin_by_how_sure_the_label_is(self) -> None:
+        # p = softmax of two normalised scores 0.9 and 0.4, constant 10, h = 0.03: as SmPO's code has it
+        p = math.exp(0.9) / (math.exp(0.9) + math.exp(0.4))
+        expected = math.log1p(math.exp(-10 * (2 * p - 1) * 0.03))
+        close(losses.smoothed(f64(0.03), f64(p)), f64(expected), 1e-12)
+        assert torch.equal(losses.smoothed(MARGIN, torch.ones_like(MARGIN), strength=1.0), losses.sigmoid(MARGIN))
+        assert torch.equal(losses.smoothed(MARGIN, torch.zeros_like(MARGIN), strength=1.0), losses.sigmoid(-MARGIN))
+        tie = losses.smoothed(MARGIN, torch.full_like(MARGIN, 0.5))
+        close(tie, torch.full_like(MARGIN, math.log(2)), 1e-12)
+        with pytest.raises(UserError, match="strength is 0"):
+            losses.smoothed(MARGIN, torch.ones_like(MARGIN), strength=0.0)
 
     def test_conservative_is_a_soft_label_of_one_minus_the_flip_rate(self) -> None:
         close(
@@ -418,6 +438,12 @@ class TestKTO:
 
     def test_no_items_have_mean_zero(self) -> None:
         assert losses.mean_across_ranks(torch.zeros(0)).item() == 0
+        assert losses.mean_across_ranks(torch.ones(2), torch.zeros(2)).item() == 0
+
+    def test_items_count_by_their_weights(self) -> None:
+        values, weights = f64(1.0, 2.0, 7.0), f64(0.25, 0.5, 0.0)
+        close(losses.mean_across_ranks(values, weights), 5 / 3)
+        assert torch.equal(losses.mean_across_ranks(values), losses.mean_across_ranks(values, torch.ones(3)))
 
     @pytest.mark.slow
     def test_two_processes_share_one_baseline(self, tmp_path: Path) -> None:
@@ -612,6 +638,183 @@ class TestProximalRewardDifference:
             losses.proximal_reward_difference(*self.example(), **setting)
 
 
+class TestStepPreference:
+    RATIO = f64(-2.0, -0.12, -0.05, 0.0, 0.03, 0.12, 3.0)  # away from the band's edges, log 0.9 and log 1.1
+
+    def test_clipped_ratio_by_its_definition(self) -> None:
+        expected = self.RATIO.exp().clamp(0.9, 1.1).log()
+        close(losses.clipped_log_ratio(self.RATIO, 0.1), expected, 1e-12)
+
+    def test_the_clip_stops_the_gradient_on_both_sides(self) -> None:
+        ratio = self.RATIO.clone().requires_grad_()
+        losses.clipped_log_ratio(ratio, 0.1).sum().backward()
+        assert ratio.grad is not None and ratio.grad.tolist() == [0, 0, 1, 1, 1, 0, 0]
+
+    def test_a_ratio_beyond_floating_point_stays_finite(self) -> None:
+        ratio = torch.tensor([-1e4, 1e4], requires_grad=True)
+        clipped = losses.clipped_log_ratio(ratio, 0.1)
+        close(clipped, f64(math.log(0.9), math.log(1.1)))
+        clipped.sum().backward()
+        assert ratio.grad is not None and ratio.grad.abs().max() == 0
+
+    def test_by_hand(self) -> None:
+        """PSO's numbers: beta 50, ratios 1.02 and 0.97, then 1.3 (clipped to 1.1) and 0.97."""
+        chosen, rejected = f64(1.02, 1.3).log(), f64(0.97, 0.97).log()
+        margin = f64(50 * math.log(1.02 / 0.97), 50 * math.log(1.1 / 0.97))
+        close(losses.step_preference(chosen, rejected, beta=50.0, clip=0.1), (1 + (-margin).exp()).log(), 1e-12)
+
+    def test_policy_equal_to_reference_costs_log_two(self) -> None:
+        zero = torch.zeros(3, 4)
+        assert torch.allclose(losses.step_preference(zero, zero, beta=50.0, clip=0.1), torch.full((3, 4), LOG2))
+
+    def test_inside_the_band_it_is_dpo_on_the_ratios(self) -> None:
+        chosen, rejected = f64(0.02, -0.01, 0.05), f64(-0.03, 0.04, 0.05)
+        actual = losses.step_preference(chosen, rejected, beta=20.0, clip=0.1)
+        close(actual, losses.sigmoid(20.0 * (chosen - rejected)), 1e-12)
+
+    def test_autograd_agrees_with_finite_differences(self) -> None:
+        def loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+            return losses.step_preference(chosen, rejected, beta=5.0, clip=0.1)
+
+        inputs = (self.RATIO.clone().requires_grad_(), self.RATIO.flip(0).requires_grad_())
+        assert torch.autograd.gradcheck(loss, inputs)
+
+    def test_chosen_goes_up_and_rejected_down(self) -> None:
+        chosen, rejected = f64(0.01).requires_grad_(), f64(0.02).requires_grad_()
+        losses.step_preference(chosen, rejected, beta=5.0, clip=0.1).sum().backward()
+        assert chosen.grad is not None and rejected.grad is not None
+        assert chosen.grad.item() < 0 < rejected.grad.item()
+        close(chosen.grad, -rejected.grad, 1e-12)
+
+    def test_a_side_outside_the_band_leaves_the_other_its_gradient(self) -> None:
+        chosen, rejected = f64(0.5).requires_grad_(), f64(0.02).requires_grad_()
+        losses.step_preference(chosen, rejected, beta=5.0, clip=0.1).sum().backward()
+        assert chosen.grad is not None and rejected.grad is not None
+        assert chosen.grad.item() == 0 and rejected.grad.item() > 0
+
+    def test_the_loss_of_d3po_hardly_moves(self) -> None:
+        best = losses.step_preference(f64(9.0), f64(-9.0), beta=0.1, clip=0.1)
+        worst = losses.step_preference(f64(-9.0), f64(9.0), beta=0.1, clip=0.1)
+        assert LOG2 - 0.011 < best.item() < worst.item() < LOG2 + 0.011
+
+    @pytest.mark.parametrize("clip", [0.0, 1.0, -0.1, math.inf, math.nan])
+    def test_an_impossible_clip_is_refused(self, clip: float) -> None:
+        zero = f64(0.0)
+        with pytest.raises(UserError, match="clip is"):
+            losses.step_preference(zero, zero, beta=1.0, clip=clip)
+        with pytest.raises(UserError, match="clip is"):
+            losses.policy_gradient(zero, zero, clip=clip)
+
+    def test_an_impossible_beta_is_refused(self) -> None:
+        with pytest.raises(UserError, match="beta is 0"):
+            losses.step_preference(f64(0.0), f64(0.0), beta=0.0, clip=0.1)
+
+
+class TestPolicyGradient:
+    RATIO = f64(-0.5, -0.15, -0.02, 0.03, 0.15, 0.5)
+
+    @pytest.mark.parametrize(
+        ("advantage", "alive"),
+        [(1.5, [True, True, True, True, False, False]), (-1.5, [False, False, True, True, True, True])],
+    )
+    def test_the_gradient_stops_only_where_the_step_went_its_way(self, advantage: float, alive: list[bool]) -> None:
+        ratio = self.RATIO.clone().requires_grad_()
+        losses.policy_gradient(ratio, torch.full_like(self.RATIO, advantage), clip=0.1).sum().backward()
+        assert ratio.grad is not None and (ratio.grad != 0).tolist() == alive
+        expected = torch.where(torch.tensor(alive), -advantage * self.RATIO.exp(), 0.0)
+        close(ratio.grad, expected, 1e-12)
+
+    def test_by_hand(self) -> None:
+        loss = losses.policy_gradient(f64(1.3, 1.3, 0.8, 0.8).log(), f64(2, -2, 2, -2), clip=0.2)
+        close(loss, f64(-2 * 1.2, 2 * 1.3, -2 * 0.8, 2 * 0.8), 1e-12)
+
+    def test_at_the_policy_that_drew_the_step_it_is_reinforce(self) -> None:
+        ratio, advantage = torch.zeros(4, dtype=torch.float64, requires_grad=True), f64(1.0, -2.0, 0.0, 4.0)
+        loss = losses.policy_gradient(ratio, advantage, clip=1e-4)
+        close(loss, -advantage, 1e-12)
+        loss.sum().backward()
+        assert ratio.grad is not None
+        close(ratio.grad, -advantage, 1e-12)
+
+    def test_advantages_are_bounded_and_constant(self) -> None:
+        advantage = f64(9.0, -9.0).requires_grad_()
+        ratio = f64(0.0, 0.0).requires_grad_()
+        close(losses.policy_gradient(ratio, advantage, clip=0.1), f64(-5.0, 5.0))
+        loss = losses.policy_gradient(ratio, advantage, clip=0.1, advantage_clip=2.0)
+        close(loss, f64(-2.0, 2.0))
+        loss.sum().backward()
+        assert ratio.grad is not None and advantage.grad is None
+
+    def test_autograd_agrees_with_finite_differences(self) -> None:
+        advantage = f64(1.5, -1.5, 0.3, -7.0, 2.0, -0.2)
+
+        def loss(ratio: Tensor) -> Tensor:
+            return losses.policy_gradient(ratio, advantage, clip=0.1)
+
+        assert torch.autograd.gradcheck(loss, self.RATIO.clone().requires_grad_())
+
+    def test_an_impossible_advantage_clip_is_refused(self) -> None:
+        with pytest.raises(UserError, match="advantage_clip is 0"):
+            losses.policy_gradient(f64(0.0), f64(0.0), clip=0.1, advantage_clip=0.0)
+
+
+class TestAdvantages:
+    def test_by_hand(self) -> None:
+        """Mean 3, population deviation sqrt(2); the sample's, sqrt(2.5), would give other numbers."""
+        rewards = f64(1.0, 2.0, 3.0, 4.0, 5.0)
+        close(losses.advantages(rewards), f64(-2, -1, 0, 1, 2) / (math.sqrt(2) + 1e-6), 1e-12)
+
+    def test_as_in_the_authors_numpy(self) -> None:
+        rewards = torch.randn(3, 8, generator=torch.Generator().manual_seed(5)) * 0.01 + 0.2
+        plain = rewards.double().numpy()
+        expected = (plain - plain.mean(1, keepdims=True)) / (plain.std(1, keepdims=True) + 1e-6)
+        actual = losses.advantages(rewards)
+        assert actual.dtype == torch.float32
+        close(actual, torch.from_numpy(expected), 1e-5)
+
+    def test_groups_do_not_mix(self) -> None:
+        rewards = torch.stack([f64(0.1, 0.9, 0.4), f64(10.0, -4.0, 3.0)])
+        close(losses.advantages(rewards)[0], losses.advantages(rewards[0]), 1e-12)
+        close(losses.advantages(rewards)[1], losses.advantages(rewards[1]), 1e-12)
+
+    @pytest.mark.parametrize("images", [1, 3, 7])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_a_group_that_ties_has_no_advantage_at_all(self, images: int, dtype: torch.dtype) -> None:
+        tied = torch.full((2, images), 0.1, dtype=dtype)
+        assert losses.advantages(tied).abs().max() == 0
+
+    def test_nearly_tied_rewards_are_not_blown_up(self) -> None:
+        assert losses.advantages(f64(0.5, 0.5 + 1e-9)).abs().max() < 1e-3
+
+    def test_a_nan_reward_surfaces_in_its_group_alone(self) -> None:
+        found = losses.advantages(torch.stack([f64(0.1, math.nan), f64(0.1, 0.2)]))
+        assert found.isnan().tolist() == [[True, True], [False, False]]
+
+
+class TestDominance:
+    def test_by_hand(self) -> None:
+        first = torch.tensor([[1.0, 1.0], [1.0, 2.0], [2.0, 1.0], [1.0, 1.0], [0.0, 3.0]])
+        other = torch.tensor([[0.0, 0.0], [1.0, 1.0], [1.0, 2.0], [1.0, 1.0], [0.0, 4.0]])
+        assert losses.dominance(first, other).tolist() == [1, 1, 0, 0, -1]
+
+    def test_swapping_the_sides_swaps_the_sign(self) -> None:
+        generator = torch.Generator().manual_seed(6)
+        first = torch.randint(0, 3, (50, 2), generator=generator).float()
+        other = torch.randint(0, 3, (50, 2), generator=generator).float()
+        signs = losses.dominance(first, other)
+        assert torch.equal(losses.dominance(other, first), -signs)
+        assert set(signs.tolist()) == {-1, 0, 1}
+
+    def test_one_reward_is_a_comparison(self) -> None:
+        first, other = f64(0.2, 0.5, 0.5)[:, None], f64(0.3, 0.5, 0.1)[:, None]
+        assert losses.dominance(first, other).tolist() == [-1, 0, 1]
+
+    def test_a_nan_reward_does_not_pass_for_a_tie(self) -> None:
+        first = torch.tensor([[1.0, math.nan], [1.0, 1.0], [1.0, 1.0]])
+        other = torch.tensor([[0.0, 0.0], [math.nan, 0.0], [0.0, 0.0]])
+        assert losses.dominance(first, other).isnan().tolist() == [True, True, False]
+
+
 class TestReductions:
     def test_ties_count_half(self) -> None:
         found = losses.accuracy(torch.tensor([2.0, 0.0, -0.0, -1e-30, 1e-30], requires_grad=True))
@@ -647,6 +850,7 @@ class TestWeightedSum:
         [
             ("sigmoid", {}, lambda t: losses.sigmoid(t.margin)),
             ("soft", {}, lambda t: losses.soft(t.margin, t.confidence)),
+            ("smoothed", {"strength": 2}, lambda t: losses.sigmoid(2 * (2 * t.confidence - 1) * t.margin)),
             ("conservative", {"flip_rate": 0.2}, lambda t: losses.conservative(t.margin, flip_rate=0.2)),
             ("robust", {"flip_rate": 0.2}, lambda t: losses.robust(t.margin, flip_rate=0.2)),
             ("ipo", {"tau": 3}, lambda t: (t.margin / 2 - 1 / 6) ** 2),

@@ -40,6 +40,9 @@ MUTATIONS = [
     ("soft", "return confidence * sigmoid(margin) +", "return confidence * sigmoid(margin) -"),
     ("soft", "(1 - confidence) * sigmoid(-margin)", "(1 - confidence) * sigmoid(margin)"),
     ("soft", "(1 - confidence) * sigmoid(-margin)", "confidence * sigmoid(-margin)"),
+    ("smoothed", "(2 * confidence - 1) * margin", "(1 - 2 * confidence) * margin"),
+    ("smoothed", "(2 * confidence - 1) * margin", "(confidence - 1) * margin"),
+    ("smoothed", "(2 * confidence - 1) * margin", "confidence * margin"),
     (
         "conservative",
         "return (1 - flip_rate) * sigmoid(margin) +",
@@ -75,6 +78,26 @@ MUTATIONS = [
     ("proximal_reward_difference", "~(gap <= 0)", "~(gap < 0)"),
     ("proximal_reward_difference", "old = old_log_ratios.detach()", "old = old_log_ratios"),
     ("proximal_reward_difference", '{"mean": torch.mean,', '{"mean": torch.sum,'),
+    ("clipped_log_ratio", "math.log1p(-clip), math.log1p(clip)", "-clip, clip"),
+    ("clipped_log_ratio", "math.log1p(-clip), math.log1p(clip)", "-math.inf, math.log1p(clip)"),
+    ("clipped_log_ratio", "math.log1p(-clip), math.log1p(clip)", "math.log1p(-clip), math.inf"),
+    ("step_preference", "return -F.logsigmoid(beta *", "return -F.logsigmoid(-beta *"),
+    ("step_preference", "return -F.logsigmoid(beta *", "return -F.logsigmoid(0.5 * beta *"),
+    ("step_preference", "- clipped_log_ratio(rejected, clip)", "- rejected"),
+    ("policy_gradient", "torch.maximum(-bounded", "torch.minimum(-bounded"),
+    ("policy_gradient", "-bounded * ratio,", "bounded * ratio,"),
+    ("policy_gradient", "ratio.clamp(1 - clip, 1 + clip)", "ratio.clamp(1 - 2 * clip, 1 + clip)"),
+    ("policy_gradient", "ratio.clamp(1 - clip, 1 + clip)", "ratio.clamp(1 - clip, 1 + 2 * clip)"),
+    ("policy_gradient", "advantages.detach().clamp(-advantage_clip", "advantages.detach().clamp(-2 * advantage_clip"),
+    ("policy_gradient", "bounded = advantages.detach()", "bounded = advantages"),
+    ("advantages", "correction=0", "correction=1"),
+    ("advantages", "shifted - shifted.mean(", "shifted + shifted.mean("),
+    ("advantages", "shifted = exact - exact[..., :1]", "shifted = rewards"),
+    ("advantages", "keepdim=True) + 1e-6)", "keepdim=True) + 0)"),
+    ("dominance", "(rewards >= others).all(-1)", "(rewards >= others).any(-1)"),
+    ("dominance", "- other.to(rewards.dtype)", "+ other.to(rewards.dtype)"),
+    ("dominance", "& (rewards > others).any(-1)", "& (rewards > others).all(-1)"),
+    ("dominance", ".any(-1), math.nan, sign)", ".any(-1), 0.0, sign)"),
     ("accuracy", "torch.tensor(0.5, dtype=margin.dtype", "torch.tensor(0.0, dtype=margin.dtype"),
     ("accuracy", "torch.heaviside(margin.detach()", "torch.heaviside(-margin.detach()"),
     ("weighted_mean", "(weights * loss).sum()", "loss.sum()"),
@@ -117,7 +140,8 @@ def test_every_loss_has_a_mutation() -> None:
     from mmalign.losses import PAIR_LOSSES
 
     covered = [mutation[0] for mutation in MUTATIONS]
-    for loss in [*PAIR_LOSSES, "kto", "proximal_reward_difference"]:
+    on_steps = ["proximal_reward_difference", "step_preference", "policy_gradient", "advantages", "dominance"]
+    for loss in [*PAIR_LOSSES, "kto", *on_steps]:
         assert covered.count(loss) >= 2, f"{loss} wants a flipped sign and a changed factor"
 
 

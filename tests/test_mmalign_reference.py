@@ -88,6 +88,9 @@ class Counting:
         self.asked += keys
         return compute(nn.Identity())
 
+    def run(self, compute: Compute) -> Tensor:
+        return compute(nn.Identity())
+
 
 def rows(*values: float) -> Compute:
     return lambda _: torch.tensor(values)
@@ -102,6 +105,14 @@ def test_a_cache_asks_once_for_each_key(tmp_path: Path) -> None:
     assert cached.score(["b", "c"], rows(2.0, 3.0)).tolist() == [2, 3]  # one is missing: the batch is computed
     assert inner.asked == ["a", "b", "b", "c"]
     assert (cached.hits, cached.misses, len(cached)) == (2, 4, 3)
+
+
+def test_what_is_run_beside_the_scores_is_never_kept(tmp_path: Path) -> None:
+    module = Adapted()
+    cached = Cached(AdaptersOff(module, module.disabled), tmp_path)
+    assert torch.equal(cached.run(double), 2 * X)
+    assert torch.equal(cached.run(lambda given: -double(given)), -2 * X)
+    assert (len(cached), cached.hits, cached.misses) == (0, 0, 0)
 
 
 def test_a_cache_is_kept_bit_for_bit_and_shared_by_processes(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ class ClipScorer:
     """See the module's docstring."""
 
     main = "clip"
+    numbers = ("clip",)
 
     def __init__(self, path: str, device: str | None = None) -> None:
         from transformers import AutoProcessor, CLIPModel
@@ -52,9 +53,17 @@ class ClipScorer:
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[dict[str, float]]:
         distinct = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
         text = torch.cat([self._text(part) for part in _chunks(list(distinct))])
-        image = torch.cat([self._image(part) for part in _chunks(list(images))])
+        image = self._images(images)
         rows = text[[distinct[prompt] for prompt in prompts]]
         return [{"clip": value} for value in (rows * image).sum(-1).tolist()]
+
+    @torch.no_grad()
+    def image_features(self, images: Sequence[Image.Image]) -> Float[Tensor, "images width"]:
+        """Of each picture the feature vector that `clip` compares with the prompt's: length 1, fp32, on the CPU."""
+        return self._images(images).cpu()
+
+    def _images(self, images: Sequence[Image.Image]) -> Float[Tensor, "images width"]:
+        return torch.cat([self._image(part) for part in _chunks(list(images))])
 
     def _text(self, prompts: list[str]) -> Float[Tensor, "prompts width"]:
         # padded to full length: a row is then the same number whatever it is batched with

@@ -24,6 +24,7 @@ class ShapesChecker:
     """See the module's docstring."""
 
     identity = "shapes@1"
+    numbers = NAMES
 
     def __init__(self, main: str) -> None:
         if main not in NAMES:
