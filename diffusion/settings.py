@@ -134,7 +134,7 @@ class PairingSettings(Settings):
     spread: float | None = Field(
         default=None,
         gt=0,
-        description="pairs by scores get the probability sigmoid(gap / spread), for losses with soft labels; null: sure",
+        description="pairs by scores have probability sigmoid(gap / spread), for losses with soft labels; null: sure",
     )
     max_pairs_per_prompt: int | None = Field(default=None, gt=0, description="a seeded draw from prompts with more")
     seed: int = Field(default=0, ge=0, description="of that draw, and of which unpaired pictures meet")
