@@ -24,6 +24,7 @@ from diffusion.rollout import Guided
 from diffusion.rounds import Places, Rounds, Studio, turns
 from diffusion.settings import DataSettings
 from diffusion.trajectories import OnlineParts
+from diffusion.watching import Watch
 from evaluators.rewards import Reward
 from mmalign import config as configuration
 from mmalign.errors import UserError
@@ -63,6 +64,10 @@ class Feed(Protocol):
 
     def source(self, loop: Loop) -> Callable[[int], Iterator[Any]]:
         """A function from an update's number to what this process is fed with from there on."""
+        ...
+
+    def watch(self, loop: Loop, parts: Parts) -> Callable[[int], str | None] | None:
+        """What looks at the run for over-optimisation, if the recipe asks for it."""
         ...
 
     def example(self, device: torch.device, rows: int) -> tuple[Tensor, Conditioning]:
@@ -147,6 +152,9 @@ class PairFeed:
 
         return batches
 
+    def watch(self, loop: Loop, parts: Parts) -> None:
+        return None
+
     def example(self, device: torch.device, rows: int) -> tuple[Tensor, Conditioning]:
         size = min(rows, self.size)
         first = list(next(iter(self.data.buckets.values())))[:size]
@@ -167,10 +175,10 @@ def pair_settings(config: TrainConfig) -> DataSettings:
         raise UserError(
             f"the method {config.method.name} is fed with pairs and the recipe has no data section", place="data"
         )
-    if config.rollout is not None:
+    if config.rollout is not None or config.watch is not None:
         raise UserError(
             f"the method {config.method.name} is fed with pairs and draws nothing itself",
-            place="rollout",
+            place="watch" if config.rollout is None else "rollout",
             fix="Leave the section out.",
         )
     return config.data
@@ -292,6 +300,23 @@ class RolloutFeed:
 
     def source(self, loop: Loop) -> Callable[[int], Iterator[Any]]:
         return lambda start: turns(start, loop.settings.accumulation)
+
+    def watch(self, loop: Loop, parts: Parts) -> Watch | None:
+        if self._config.watch is None:
+            return None
+        assert isinstance(parts, OnlineParts)  # it made them
+        rounds = parts.rounds
+        return Watch(
+            self._config.watch,
+            self._settings,
+            self._model,
+            self.reward,
+            trained_on=self._prompts,
+            kl=lambda: rounds.kl,
+            undisturbed=loop.undisturbed,
+            folder=loop.settings.output_dir,
+            main=bool(loop.accelerator.is_main_process),
+        )
 
     def example(self, device: torch.device, rows: int) -> tuple[Tensor, Conditioning]:
         prompts: Sequence[str] = [self._prompts[index % self.size] for index in range(rows * self._settings.per_prompt)]

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from diffusion.settings import DataSettings, LoraSettings, ModelSettings
+from evaluators.overoptimisation import WatchSettings
 from evaluators.rewards import RewardSettings
 from mmalign.config import LoopSettings, NamedSection, OptimSettings, Settings
 
@@ -111,6 +112,7 @@ class TrainConfig(Settings):
     candidates: CandidateSettings | None = Field(None, description="null: data.path must exist")
     data: DataSettings | None = Field(None, description="preferences, for methods that are fed with pairs")
     rollout: RolloutSettings | None = Field(None, description="what is drawn, for methods that draw for themselves")
+    watch: WatchSettings | None = Field(None, description="looks for over-optimisation, for methods with rollouts")
     method: NamedSection
     reference: ReferenceSettings = ReferenceSettings()
     validation: ValidationSettings = ValidationSettings()

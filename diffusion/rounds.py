@@ -178,6 +178,11 @@ class Rounds:
         self._turn: Turn | None = None
 
     @property
+    def kl(self) -> float | None:
+        """Implicit KL from the reference that the newest round's pictures show, in nats."""
+        return float(self._news["kl/sampled"]) if "kl/sampled" in self._news else None
+
+    @property
     def images(self) -> int:
         """Pictures per prompt."""
         return self._settings.per_prompt

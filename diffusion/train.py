@@ -63,6 +63,7 @@ def train(config: TrainConfig) -> int:
         load_model=lambda folder: weights.load_weights(unet, folder),
         started=started,
         sample=sample if config.validation.prompts else None,
+        look=feed.watch(loop, parts),
         saved=save_cache,
         summary={
             "base": model.identity,

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from mmalign import checkpoint
@@ -53,6 +54,8 @@ class Hooks:
         load_model: reads them back, bit for bit.
         started: called once nothing can refuse the run any more, before the first update.
         sample: validation samples at an update; may be None.
+        look: called before the first update and after each, and leaves the training undisturbed; returns why the run
+            should end here, or None.
         saved: called after each checkpoint, by every process (caches persist themselves here).
         summary: what identifies the run in a checkpoint's manifest: a checkpoint that differs is refused.
         config: the effective configuration, for trackers that show it.
@@ -62,6 +65,7 @@ class Hooks:
     load_model: Callable[[Path], None]
     started: Callable[[], None] | None = None
     sample: Callable[[int], None] | None = None
+    look: Callable[[int], str | None] | None = None
     saved: Callable[[], None] | None = None
     summary: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -124,7 +128,8 @@ class Loop:
             batches = method.batches(source(start))
             clock, since = time.perf_counter(), start
             shown: dict[str, float] = {}
-            for step in range(start, settings.steps):
+            verdict = self._look(hooks, start)
+            for step in range(start, settings.steps if verdict is None else start):
                 metrics = self._update(method, batches, step)
                 if metrics is None:  # stopped inside the window: its gradients are dropped, nothing else happened
                     self._save(method, name, step, hooks)
@@ -140,18 +145,29 @@ class Loop:
                     with self.undisturbed():
                         hooks.sample(done)
                     clock, since = time.perf_counter(), done
-                last = done == settings.steps
+                verdict = self._look(hooks, done)
+                last = done == settings.steps or verdict is not None
                 stopping = self._agreed_to_stop()
                 if last or stopping or (settings.checkpoint_every and done % settings.checkpoint_every == 0):
                     self._save(method, name, done, hooks)
-                if stopping:
+                if stopping or last:
                     break
+        if verdict is not None:
+            self.accelerator.print(f"mmalign: stopped: {verdict}")
         if self._skipped:
             self.accelerator.print(f"mmalign: warning: {self._skipped} updates were left out; see updates/skipped")
         if self._stop is not None:
             self.accelerator.print("stopped by a signal; the same command goes on from the checkpoint just written")
             return 128 + self._stop
         return 0
+
+    def _look(self, hooks: Hooks, step: int) -> str | None:
+        """What the run's watch says, the same on all processes."""
+        if hooks.look is None:
+            return None
+        said = [hooks.look(step)]
+        broadcast_object_list(said)
+        return said[0]
 
     # ------------------------------------------------------------------------------------------- one update
 

@@ -157,6 +157,45 @@ def test_offline_rounds_repeat_and_their_old_scores_follow_the_policy(
     assert rows[1]["kl/sampled"] != rows[2]["kl/sampled"]
 
 
+# ------------------------------------------------------------------------------------------------------- the watch
+
+
+def watch(tmp_path: Path, **settings: Any) -> dict[str, Any]:
+    file = tmp_path / "unseen.txt"
+    file.write_text("a green circle\na green square\n")
+    scorers = {"clip": {"name": "clip"}}
+    return {"prompts": str(file), "count": 2, "every": 2, "scorers": scorers, **settings}
+
+
+def test_a_watched_run_trains_as_one_that_is_not(tiny: Tiny, tmp_path: Path, prompts: Path) -> None:
+    from evaluators.overoptimisation import read_history
+
+    tiny.train(tmp_path / "alone", **changes("prdp", prompts))
+    looked = watch(tmp_path, max_degenerate=None)
+    tiny.train(tmp_path / "watched", **changes("prdp", prompts), watch=looked)
+    assert apart(tmp_path / "alone", tmp_path / "watched") == 0
+    history = read_history(tmp_path / "watched" / "watch.jsonl")
+    assert [one.step for one in history] == [0, 2, 4]
+    assert history[0].kl is None and history[1].kl is not None
+    assert history[0].proxy != history[2].proxy
+
+
+def test_a_watch_stops_a_run_and_stops_it_again(
+    tiny: Tiny, tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looked = watch(tmp_path, max_kl=1e-9)
+    for _ in range(2):
+        assert tiny.train(tmp_path / "run", **changes("prdp", prompts, loop={"steps": 8}), watch=looked) == 0
+        assert "mmalign: stopped: " in capsys.readouterr().out
+        assert newest(tmp_path / "run").name == "checkpoint-00000004"  # the first look after a round that has moved
+
+
+def test_what_is_watched_must_not_be_trained_on(tiny: Tiny, tmp_path: Path, prompts: Path) -> None:
+    leaking = {**watch(tmp_path), "prompts": str(prompts)}
+    with pytest.raises(UserError, match="2 watched prompts are trained on"):
+        tiny.train(tmp_path / "run", **changes("prdp", prompts), watch=leaking)
+
+
 # --------------------------------------------------------------------------------------------------- exact gradients
 
 
@@ -228,7 +267,7 @@ def test_log_ratios_are_zero_where_the_policy_is_the_reference(tiny: Tiny, tmp_p
 
 
 def test_the_pictures_are_those_of_the_kernel(tiny: Tiny, tmp_path: Path, prompts: Path) -> None:
-    """Every state after a step is its mean plus its deviation times a standard normal draw: half squares of one half."""
+    """A state after a step is its mean plus its deviation times a standard normal draw: half squares of one half."""
     _, _, batch = parts_of(tiny, tmp_path, prompts, "prdp")
     half = batch.groups.trajectories.old
     assert half.mean().item() == pytest.approx(0.5, abs=0.05)

@@ -73,13 +73,13 @@ class PairwiseSampleOptimisation(TrajectoryMethod):
         loss = step_preference(sign * first, sign * second, beta=beta, clip=clip)
         rewards = beta * clipped_log_ratio(log_ratios.detach(), clip)
         margin = sign * (rewards[:, 0] - rewards[:, 1])
-        decided = sign.abs().sum().clamp(min=1)
+        right = accuracy(margin.flatten()).view_as(margin).mean(1) * sign[:, 0].abs()
         return loss.mean(1), {
             "rewards/chosen": rewards[:, 0].mean(),
             "rewards/rejected": rewards[:, 1].mean(),
             "rewards/margins": margin.mean(),
             "rewards/margins_abs": margin.abs().mean(),
-            "rewards/accuracies": (accuracy(margin.flatten()).view_as(margin).mean(1) * sign[:, 0].abs()).sum() / decided,
+            "rewards/accuracies": right.sum() / sign.abs().sum().clamp(min=1),
             "ratio/clipped": (log_ratios.detach().exp() - 1).abs().gt(clip).float().mean(),
             "pairs/tied": 1 - sign.abs().mean(),
         }
