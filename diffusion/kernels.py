@@ -37,7 +37,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import diffusers
@@ -97,8 +97,14 @@ class Kernel:
 
     def to(self, device: torch.device | str) -> Kernel:
         """The same kernel with its tables on a device."""
-        tables = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{key: value.to(device) for key, value in tables.items() if isinstance(value, Tensor)})
+        return replace(
+            self,
+            timesteps=self.timesteps.to(device),
+            input_scale=self.input_scale.to(device),
+            from_state=self.from_state.to(device),
+            from_prediction=self.from_prediction.to(device),
+            deviation=self.deviation.to(device),
+        )
 
     def model_input(self, x: Float[Tensor, "rows ..."], step: Int64[Tensor, " rows"]) -> Float[Tensor, "rows ..."]:
         """What the network sees of the state: x, or x / sqrt(sigma^2 + 1) for Euler; fp32 at least."""
@@ -349,7 +355,7 @@ def _timesteps(
                 fix="Give rollout.timesteps (DMD2: [999, 749, 499, 249]), or set model.scheduler to lcm",
             )
         sampler.set_timesteps(steps)
-        found = sampler.timesteps.cpu().double()
+        found: Tensor = sampler.timesteps.cpu().double()
         cause = f"{steps} steps of the kernel {name} stop at timesteps {_listed(found)}"
         place, fix = "rollout.steps", "Take another number, or a scheduler with timestep_spacing: trailing"
     else:
