@@ -1,4 +1,4 @@
-"""Rebuilds the embedded text-to-image model: `mmalign build vae|base|clip`.
+"""Rebuilds the embedded text-to-image model: `mmalign build vae|base|4step|clip`.
 
 The result is an ordinary diffusers pipeline folder (AutoencoderKL, UNet2DConditionModel, CLIP text encoder and
 tokenizer, DDIM scheduler) that `StableDiffusionPipeline.from_pretrained` opens. Training is the plain published
@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmalign import shapes
 from mmalign.progress import progress
 from mmalign.shapes import render, scenes, words
 
@@ -235,9 +236,7 @@ def encode_all(vae: Any, drawn: list[scenes.Scene], batch: int = 256) -> Float[T
 
 
 @torch.no_grad()
-def faithfulness(
-    pipeline: Any, count: int = 200, *, steps: int = 20, guidance_scale: float = 3.0
-) -> dict[str, Any]:
+def faithfulness(pipeline: Any, count: int = 200, *, steps: int = 20, guidance_scale: float = 3.0) -> dict[str, Any]:
     """Checker's verdict on held-out captions, in all and by kind of scene and part."""
     from mmalign.shapes import checker
 
@@ -278,13 +277,14 @@ def save_pipeline(pipeline: Any, out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`mmalign build vae|base|clip --out FOLDER`."""
+    """`mmalign build vae|base|4step|clip --out FOLDER`."""
+    from diffusion.distill import build_4step
     from evaluators.build_clip import build_clip
     from mmalign.cli import Parser
 
     parser = Parser(prog="mmalign build", description=__doc__)
     parts = parser.add_subparsers(dest="part", required=True)
-    for part, steps, batch in (("vae", 4500, 16), ("base", 4000, 32), ("clip", 2400, 32)):
+    for part, steps, batch in (("vae", 4500, 16), ("base", 4000, 32), ("4step", 4000, 32), ("clip", 2400, 32)):
         one = parts.add_parser(part)
         one.add_argument("--out", type=Path, required=True, help="folder to write")
         one.add_argument("--steps", type=int, default=steps)
@@ -292,12 +292,17 @@ def main(argv: list[str] | None = None) -> int:
         one.add_argument("--seed", type=int, default=0)
         if part == "base":
             one.add_argument("--vae", type=Path, required=True, help="folder of a built autoencoder")
+        if part == "4step":
+            one.add_argument("--base", type=Path, default=shapes.model_folder("t2i"), help="folder of the teacher")
+            one.add_argument("--samples", type=int, default=16_000, help="teacher's answers to learn from")
     said = parser.parse_args(argv)
     common = {"steps": said.steps, "batch": said.batch, "seed": said.seed}
     if said.part == "vae":
         build_vae(said.out, **common)
     elif said.part == "base":
         build_base(said.out, said.vae, **common)
+    elif said.part == "4step":
+        build_4step(said.out, said.base, samples=said.samples, **common)
     else:
         build_clip(said.out, **common)
     return 0
