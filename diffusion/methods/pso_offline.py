@@ -22,7 +22,7 @@ in a falling list, so that 249, 499, 749, 999 select 750, 500, 250 and 0: for th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -44,7 +44,7 @@ AUTHORS_BETA = 5.0
 class Options(ComparisonOptions):
     """Keys of the recipe's `method` section."""
 
-    beta: float = Field(2500.0, gt=0, description="strength of the pull to the reference; 5 with compat, as theirs")
+    beta: float = Field(2500.0, gt=0, description="strength of the pull to the reference; with compat 5 unless given")
     convention: Literal["mean_half", "mean", "sum"] = Field(
         "mean", description="mean: the authors' code; mean_half: Diffusion-DPO's; sum: papers"
     )
@@ -55,13 +55,6 @@ class Options(ComparisonOptions):
     negative_factor: float = Field(0.1, ge=0, description="of compat: f, how much the loser counts in d")
     prior_weight: float = Field(0.5, ge=0, description="of compat: p, of the loser's own error")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _beta_of_compat(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("compat") == "authors":
-            return {"beta": AUTHORS_BETA, **given}
-        return given
-
     @model_validator(mode="after")
     def _fits_compat(self) -> Options:
         of_compat = {"formula", "negative_factor", "prior_weight"} & self.model_fields_set
@@ -70,6 +63,11 @@ class Options(ComparisonOptions):
         if self.compat is not None and "loss" in self.model_fields_set:
             raise ValueError("compat=authors has losses of its own; leave out loss")
         return self
+
+    @property
+    def strength(self) -> float:
+        """beta, or the authors' where compat is asked for and no other is given."""
+        return AUTHORS_BETA if self.compat and "beta" not in self.model_fields_set else self.beta
 
 
 class OfflinePSO(dpo.DiffusionDPO):
@@ -92,7 +90,7 @@ class AuthorsPSO(OneLoss):
     def __init__(self, options: Options, parts: Parts) -> None:
         self._choices = distilled(options, parts)
         self._options, self._parts = options, parts
-        self._scale = logit_scale(options.beta, options.convention, parts.elements)
+        self._scale = logit_scale(options.strength, options.convention, parts.elements)
 
     def describe(self) -> dict[str, str]:
         """Lines for the block printed at the start."""
