@@ -35,5 +35,8 @@ def module_fingerprint(module: nn.Module) -> str:
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """SHA-256 (hex) of all that turns text into ids: vocabulary, merges, normalisation, length."""
-    text = f"{tokenizer.backend_tokenizer.to_str()} {tokenizer.model_max_length} {tokenizer.pad_token}"
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend.pop("truncation", None)  # of the last call, not of the tokenizer: a used one is the same one
+    backend.pop("padding", None)
+    text = f"{json.dumps(backend, sort_keys=True)} {tokenizer.model_max_length} {tokenizer.pad_token}"
     return hashlib.sha256(text.encode()).hexdigest()

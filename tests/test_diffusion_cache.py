@@ -369,6 +369,13 @@ def test_encodings_do_not_depend_on_labels_but_the_key_does(
     assert torch.equal(mine, theirs.flip(0)) and not torch.equal(mine, theirs)
 
 
+def test_a_model_that_was_used_is_the_same_model(sd: DiffusionModel) -> None:
+    before = prepare(load_model(sd.settings), some_pairs(1), memory()).key
+    used = load_model(sd.settings)
+    used.encode_prompts(["a tokenizer remembers how it was last asked to pad"])
+    assert prepare(used, some_pairs(1), memory()).key == before
+
+
 def test_what_changes_the_encodings_changes_the_key(models: dict[str, DiffusionModel], tmp_path: Path) -> None:
     sd, pairs = models["sd"], some_pairs(2)
     base = {"cache": tmp_path}
