@@ -40,6 +40,7 @@ from diffusion import adapters
 from diffusion.feeds import PairFeed
 from diffusion.methods import dpo
 from diffusion.models import DiffusionModel
+from diffusion.parts import Parts
 from diffusion.pipelines import DTYPES
 from diffusion.recipe import ReferenceSettings, TrainConfig
 from diffusion.settings import DataSettings, LoraSettings, ModelSettings
@@ -48,6 +49,7 @@ from mmalign.config import LoopSettings, NamedSection, OptimSettings
 from mmalign.loop import trainable
 from mmalign.media import Media
 from mmalign.memory import peak_gb, resident_gb
+from mmalign.method import Method
 from mmalign.records import Preference, Side
 from mmalign.shapes import scenes
 
@@ -84,14 +86,22 @@ class Case:
 class Ours:
     """The trainer's update, put together as `diffusion.train` does."""
 
-    def __init__(self, case: Case, folder: Path, *, cached: bool = False) -> None:
-        config = recipe(case, folder, cached)
+    def __init__(
+        self,
+        case: Case,
+        folder: Path,
+        *,
+        cached: bool = False,
+        config: TrainConfig | None = None,
+        build: Callable[[Parts], Method] = lambda parts: dpo.build(dpo.Options(beta=BETA), parts),
+    ) -> None:
+        config = config or recipe(case, folder, cached)
         self.model = DiffusionModel(case.pipeline(), config.model)
         adapters.set_attention(self.model.unet, "sdpa")
         feed = PairFeed(config, self.model, preferences(case, self.model.resolution))
         self.data = feed.data
         self.loop, self.parts, _ = assemble(config, self.model, feed)
-        self.method = dpo.build(dpo.Options(beta=BETA), self.parts)
+        self.method = build(self.parts)
         self.batches = feed.source(self.loop)(0)
         self.losses: list[float] = []
 

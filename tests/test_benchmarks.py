@@ -14,6 +14,7 @@ import pytest
 import tiny_models
 import torch
 
+from benchmarks import inpo_step
 from benchmarks.dpo_step import MAKE, VARIANTS, WARM_UP, Case, Floor, Ours, Plain
 from diffusion.parts import draw_timesteps
 from mmalign.memory import resident_gb
@@ -129,3 +130,16 @@ def test_the_floor_leaves_the_model_as_it_was(tiny: Path, tmp_path: Path) -> Non
     Floor(ours).step()
     assert all(torch.equal(tensor, before[name]) for name, tensor in ours.model.unet.state_dict().items())
     assert all(parameter.grad is None for parameter in ours.model.unet.parameters())
+
+
+def test_inpo_is_measured_beside_dpo(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inpo_step.main(["--size", str(tiny), "--repeats", "1", "--batch", "2", "--device", "cpu"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["variants"]) == {"dpo", "inpo_cached", "inpo_online", "dpo_single", "authors"}
+    for variant in report["variants"].values():
+        assert variant["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert variant["seconds_per_step"]["median"] > 0
+    units = {name: ratio["forward_units"] for name, ratio in report["ratios"].items()}
+    assert units["step: inpo_cached / dpo"] == 1
+    # the specification's count: 10.4 units a step with the reference, against 4
+    assert units["step: authors / dpo_single"] == pytest.approx((4 + 6.382) / 4)

@@ -386,8 +386,9 @@ def test_each_mistake_is_said_in_one_line(sd: World, tmp_path: Path, monkeypatch
         method_of(given, steps=501)
     with pytest.raises(UserError, match=r"Did you mean 'smoothed'"):
         method_of(given, loss={"smooth": 1.0})
-    with pytest.raises(ValidationError, match="leave inversion out"):
+    with pytest.raises(ValidationError, match="nothing can be cached"):
         inpo.Options(compat="authors", inversion="cached")
+    assert inpo.Options(compat="authors", inversion="online").compat == "authors"
     drawn, redrawn = encoded(sd, given, posterior="sample")
     with pytest.raises(UserError, match=r"drawn at every use \(data\.posterior=sample\).*method\.inversion=online"):
         method_of(redrawn)

@@ -65,8 +65,8 @@ class Options(ComparisonOptions):
 
     @model_validator(mode="after")
     def _nothing_to_keep(self) -> Options:
-        if self.compat and "inversion" in self.model_fields_set:
-            raise ValueError("with compat=authors the policy inverts, in every step: leave inversion out")
+        if self.compat and self.inversion == "cached" and "inversion" in self.model_fields_set:
+            raise ValueError("with compat=authors the policy inverts, in every step: nothing can be cached")
         return self
 
 
