@@ -26,7 +26,8 @@ Timesteps and steps are those of the diffusers scheduler of that name, made from
     not (the last step has no noise).
     ddpm ends at abar' = 1 always, so its last step has no noise.
     lcm keeps the boundary conditions c_skip = 0.25 / (c^2 t^2 + 0.25), c_out = c t / sqrt(c^2 t^2 + 0.25), with c the
-    scheduler's timestep_scaling. At DMD2's timesteps they differ from 0 and 1 by less than 1e-7.
+    scheduler's timestep_scaling. At DMD2's timesteps, those of original_inference_steps: 4, they differ from 0 and 1
+    by less than 1e-7.
 
 Log-densities are means over C, H, W, the unit in which the clips of DDPO, D3PO, PSO and PRDP are published; times the
 number of elements they are the true ones.
@@ -36,7 +37,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -177,14 +178,7 @@ def log_ratio(
 # ------------------------------------------------------------------------------------------------ the kernels
 
 
-def make_kernel(
-    name: str,
-    schedule: NoiseSchedule,
-    scheduler: Any,
-    steps: int,
-    eta: float = 1.0,
-    timesteps: Sequence[int] | None = None,
-) -> Kernel:
+def make_kernel(name: str, schedule: NoiseSchedule, scheduler: Any, steps: int, eta: float = 1.0) -> Kernel:
     """A kernel that steps as diffusers' scheduler of that name does, on the CPU.
 
     Args:
@@ -193,8 +187,6 @@ def make_kernel(
         scheduler: of the pipeline; spacing, offset and the end of the chain are taken from its configuration.
         steps: of the chain.
         eta: ddim's share of ddpm's noise, above 0; 1 for every other kernel.
-        timesteps: falling, for lcm alone: those that the model was distilled at (DMD2: 999, 749, 499, 249). None: the
-            scheduler's own.
 
     Raises:
         UserError: an unknown kernel, a scheduler that it does not follow, or steps it cannot take.
@@ -210,7 +202,7 @@ def make_kernel(
     with warnings.catch_warnings():  # diffusers' Euler and numpy 2
         warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
         sampler = getattr(diffusers, SCHEDULERS[name]).from_config(scheduler.config)
-        times = _timesteps(name, scheduler, sampler, steps, timesteps, len(schedule))
+        times = _timesteps(name, scheduler, sampler, steps, len(schedule))
     levels = schedule.alphas_cumprod.detach().cpu().double()
     if schedule.prediction_type == "epsilon" and levels[times].min() <= ZERO_SNR:
         raise UserError(
@@ -338,37 +330,28 @@ def _check_levels(schedule: NoiseSchedule, scheduler: Any) -> None:
         )
 
 
-def _timesteps(
-    name: str, scheduler: Any, sampler: Any, steps: int, timesteps: Sequence[int] | None, count: int
-) -> Int64[Tensor, " steps"]:
-    """Timesteps of the chain, falling; `sampler` is set to them if they are its own."""
-    most = count if name != "lcm" or timesteps is not None else min(sampler.config.original_inference_steps, count)
+def _timesteps(name: str, scheduler: Any, sampler: Any, steps: int, count: int) -> Int64[Tensor, " steps"]:
+    """Timesteps of the chain, falling; `sampler` is set to them."""
+    kind = type(scheduler).__name__
+    if name == "lcm" and not isinstance(scheduler, diffusers.LCMScheduler):
+        raise UserError(
+            f"the timesteps that the model was distilled at are unknown: its scheduler is a {kind}",
+            place=PLACE,
+            fix="Set model.scheduler to lcm, and model.distilled_steps where they are few (DMD2: 4)",
+        )
+    most = min(sampler.config.original_inference_steps, count) if name == "lcm" else count
     if not 1 <= steps <= most:
-        known = f"a {type(scheduler).__name__} knows timesteps for 1 to {most}"
-        raise UserError(f"{steps} steps", place="rollout.steps", fix=f"With the kernel {name}, {known}")
-    if timesteps is None:
-        if name == "lcm" and not isinstance(scheduler, diffusers.LCMScheduler):
-            raise UserError(
-                f"the timesteps that the model was distilled at are unknown: its scheduler is a "
-                f"{type(scheduler).__name__}",
-                place=PLACE,
-                fix="Give rollout.timesteps (DMD2: [999, 749, 499, 249]), or set model.scheduler to lcm",
-            )
-        sampler.set_timesteps(steps)
-        found: Tensor = sampler.timesteps.cpu().double()
-        cause = f"{steps} steps of the kernel {name} stop at timesteps {_listed(found)}"
-        place, fix = "rollout.steps", "Take another number, or a scheduler with timestep_spacing: trailing"
-    else:
-        place = "rollout.timesteps"
-        if name != "lcm":
-            raise UserError(f"the kernel {name} has timesteps of its own", place=place, fix="Leave them out")
-        if len(timesteps) != steps:
-            raise UserError(f"{len(timesteps)} timesteps for {steps} steps", place=place, fix="Give one for each step")
-        found = torch.tensor(list(timesteps), dtype=torch.float64)
-        cause, fix = f"the timesteps are {_listed(found)}", f"Give falling ones from {count - 1} to 0"
+        fix = f"With the kernel {name}, a {kind} knows timesteps for 1 to {most}"
+        raise UserError(f"{steps} steps", place="rollout.steps", fix=fix)
+    sampler.set_timesteps(steps)
+    found: Tensor = sampler.timesteps.cpu().double()
     whole = found.long()
     if (whole != found).any() or whole.min() < 0 or whole.max() >= count or (whole.diff() >= 0).any():
-        raise UserError(cause, place=place, fix=fix)
+        raise UserError(
+            f"{steps} steps of the kernel {name} stop at timesteps {_listed(found)}",
+            place="rollout.steps",
+            fix="Take another number, or a scheduler with timestep_spacing: trailing",
+        )
     return whole
 
 
