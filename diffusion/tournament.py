@@ -14,7 +14,9 @@ from typing import Any
 
 from pydantic import Field
 
+from diffusion.feeds import ensure_store
 from diffusion.judging import Judged, judge
+from diffusion.models import load_model
 from diffusion.recipe import EvaluationSettings, TrainConfig
 from diffusion.tuned import find_tuned, open_base, open_tuned
 from evaluators.diversity import degenerate, distances, diversity
@@ -23,6 +25,7 @@ from mmalign import config as configuration
 from mmalign.config import Settings
 from mmalign.errors import UserError, nearest
 from mmalign.progress import progress
+from mmalign.prompts import read_prompts
 from mmalign.statistics import paired_report
 
 RESULT, COST = "result.json", "cost.json"
@@ -37,7 +40,7 @@ class ArmSettings(Settings):
     rows_per_pair: float | None = Field(
         None, gt=0, description="UNet rows of a pair and update, for methods fed with pairs"
     )
-    rows_before: float = Field(0, ge=0, description="UNet rows spent once: candidates, inversions")
+    rows_per_prompt: float = Field(0, ge=0, description="UNet rows spent once for each prompt: InPO's inversions")
     control: bool = Field(False, description="should teach nothing")
     only: tuple[str, ...] = Field((), description="preferences that it is run on; none: all")
 
@@ -82,6 +85,8 @@ def tournament(suite: str, out: Path, *, only: Sequence[str], seeds: Sequence[in
     runs = list(planned(settings, out, only, tuple(seeds) if seeds else settings.seeds))
     waiting = [run for run in runs if not (run.folder / RESULT).is_file()]
     untrained = [run for run in waiting if not (run.folder / COST).is_file()]
+    for run in untrained:  # before several need them at once
+        ensure_store(run.config, load_model(run.config.model))
     with ThreadPoolExecutor(max(1, jobs)) as pool:
         for run, cost in zip(untrained, pool.map(train_apart, untrained), strict=True):
             _write(run.folder / COST, cost)
@@ -111,11 +116,15 @@ def planned(settings: SuiteSettings, out: Path, only: Sequence[str], seeds: Sequ
         taught, method = settings.preferences[preference], settings.arms[arm]
         for seed in seeds:
             folder = out / preference / arm / str(seed)
-            common = [*method.set, f"loop.seed={seed}", f"loop.output_dir={folder}"]
-            first = configuration.load(TrainConfig, method.recipe, common)
-            words = [*common, *(taught.pairs if first.rollout is None else taught.rollouts)]
+            words = [*method.set, f"loop.seed={seed}", f"loop.output_dir={folder}"]
+            first = configuration.load(TrainConfig, method.recipe, words)
+            if first.rollout is None:
+                store = out / preference / f"store-{Path(first.model.path).name}"
+                words += [*taught.pairs, f"data.path={store}", f"data.cache={out / 'cache'}"]
+            else:
+                words += taught.rollouts
             config = configuration.load(TrainConfig, method.recipe, words)
-            steps = int((taught.budget - method.rows_before) // rows_per_update(config, method))
+            steps = int((taught.budget - rows_before(config, method)) // rows_per_update(config, method))
             if steps < 1:
                 raise UserError(f"the budget pays for no update of {name}", place=f"preferences.{preference}.budget")
             words.append(f"loop.steps={steps}")
@@ -127,6 +136,16 @@ def planned(settings: SuiteSettings, out: Path, only: Sequence[str], seeds: Sequ
                 config=configuration.load(TrainConfig, method.recipe, words),
                 words=(method.recipe, *words),
             )
+
+
+def rows_before(config: TrainConfig, arm: ArmSettings) -> float:
+    """UNet rows spent before the first update."""
+    drawn = config.candidates
+    if drawn is None:
+        return 0
+    prompts = len(read_prompts(drawn.prompts, drawn.count, drawn.seed))
+    guided = 2 if drawn.sampler.guidance_scale > 1 else 1
+    return prompts * (drawn.per_prompt * drawn.sampler.steps * guided + arm.rows_per_prompt)
 
 
 def rows_per_update(config: TrainConfig, arm: ArmSettings) -> float:
