@@ -42,6 +42,7 @@ def few_step_scheduler(config: Any) -> Any:
         beta_end=config.beta_end,
         beta_schedule=config.beta_schedule,
         timestep_spacing="trailing",
+        steps_offset=1,  # trailing steps have no offset, but Stable Diffusion's pipeline warns of any other
     )
 
 

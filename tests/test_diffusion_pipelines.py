@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -452,10 +451,14 @@ def test_a_folder_called_like_an_embedded_model_is_a_folder(
     assert load_model(ModelSettings(path="shapes-mine")).resolution == 32
 
 
-def test_every_embedded_model_has_its_base() -> None:
-    for embedded in shapes.MODELS.values():
-        assert (shapes.model_folder(embedded.base) / "model_index.json").is_file()
-        assert replace(embedded, base="t2i") == embedded
+def test_the_few_step_model_that_comes_along() -> None:
+    few = load_model(ModelSettings(path="shapes-4step"))
+    base = load_model(ModelSettings(path="shapes"))
+    assert few.distilled_timesteps() == FOUR
+    assert same(few.vae, base.vae) and not same(few.unet, base.unet)
+    assert torch.equal(few.schedule.alphas_cumprod, base.schedule.alphas_cumprod)
+    (picture,) = few.sample(["a red circle"], seeds=[1], steps=4, guidance_scale=0.0)
+    assert np.asarray(picture).std() > 5
 
 
 def pixels(folder: Path) -> Any:

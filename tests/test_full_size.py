@@ -1,13 +1,13 @@
 """The published models at full width and depth train here, and what is written opens in plain diffusers.
 
-SD1.5 and SDXL have random weights, in half precision, and latents of 8 x 8: every layer is there, each is cheap.
+SD1.5, SDXL and SDXL-Turbo have random weights and small pictures: every layer is there, each is cheap.
 """
 
 from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 import tiny_models
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 from tiny_runs import RECIPE, lines, merged, newest, write_store
@@ -25,17 +26,57 @@ from diffusion.models import DiffusionModel, load_model
 from diffusion.settings import ModelSettings
 from diffusion.train import main
 from mmalign.errors import UserError
+from mmalign.method import known, load
 
 # diffusers' Euler scheduler hands a torch tensor to numpy, which asks for an argument torch does not take yet.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
 CLASSES = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
-ONE_STEP = {"optim": {"lr": 1e-3, "eps": 1e-8}, "loop": {"steps": 1, "batch_size": 1}}
+
+# ------------------------------------------------------------------------------------------------ at full size
+# What a method needs said beside `method.name` to make one update; a new method's test starts with its line here.
+
+ROLLOUT: dict[str, Any] = {
+    "prompts": "",
+    "prompts_per_round": 1,
+    "per_prompt": 2,
+    "kernel": "ddim",
+    "steps": 2,
+    "guidance_scale": 0.0,
+    "batch_size": 2,
+    "reward": {"terms": [{"name": "red", "function": "tiny_reward:red"}]},
+}
+PAIRS: dict[str, dict[str, Any]] = {
+    "dpo": {},
+    "inpo": {"method": {"steps": 2}},
+    "kto": {"data": {"pairing": {"strategy": "unpaired"}}},
+    "pso_offline": {"method": {"timesteps": [249, 499, 749]}},
+    "sft": {},
+}
+ROLLOUTS: dict[str, dict[str, Any]] = {
+    "d3po": {},
+    "ddpo": {},
+    "prdp": {},
+    "pso": {},
+}
+# A model's own part of the recipe: few-step models are noised, and drawn from, at their own timesteps.
+SIZES: dict[str, dict[str, Any]] = {
+    "sd15": {},
+    "sdxl": {},
+    "sdxl_turbo": {
+        "model": {"distilled_steps": 4},
+        "method": {"timesteps": [249, 499, 749]},
+        "rollout": {"kernel": "euler_ancestral"},
+    },
+}
+HALF = [("dpo", "sd15")]  # once in the precision that is usual on GPUs, which a CPU computes slowly
+PIXELS = 64  # the smallest whose deepest attentions have more than one place to choose from
+BLOCKS = {"sd15": 16, "sdxl": 70, "sdxl_turbo": 70}  # transformer blocks, each with two attentions of four matrices
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_store(tmp_path_factory.mktemp("store") / "store", records=1)
+    return write_store(tmp_path_factory.mktemp("store") / "store", records=3)
 
 
 @pytest.fixture(scope="module")
@@ -63,30 +104,64 @@ def train(store: Path, tmp_path: Path) -> Callable[..., Path]:
     return run
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)  # its precision is the process's
+
+
+@pytest.fixture(scope="module")
+def pool() -> tiny_models.Pool:
+    return {}
+
+
+def test_the_tables_have_every_method() -> None:
+    assert sorted(PAIRS | ROLLOUTS) == known("diffusion")
+    feeds = {name: load("diffusion", name).FEED for name in PAIRS | ROLLOUTS}
+    assert feeds == dict.fromkeys(PAIRS, "pairs") | dict.fromkeys(ROLLOUTS, "rollouts")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_one_step_of_the_published_models(
-    name: str, train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("method", [*PAIRS, *ROLLOUTS])
+def test_one_update_of_every_method_on_the_published_models(
+    method: str,
+    size: str,
+    train: Callable[..., Path],
+    pool: tiny_models.Pool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # What is left out is the way of gigabytes to the disk and back.
-    built = [tiny_models.full_size(name, dtype=torch.bfloat16)]
-    for part in built[0].components.values():
-        if isinstance(part, torch.nn.Module):
-            part.requires_grad_(False)
-    monkeypatch.setattr(models, "open_pipeline", lambda settings, unet_dtype: built.pop())
-    settings = {"path": name, "dtype": "bf16", "resolution": 64}
-    run = train(
-        {"model": settings, "adapter": {"rank": 4, "targets": "attention"}, "loop": {"precision": "bf16"}}, ONE_STEP
-    )
+    # What is left out is the way of gigabytes to the disk and back, reading them for their names, and the estimate.
+    dtype, half = (torch.bfloat16, "bf16") if (method, size) in HALF else (torch.float32, "fp32")
+    pipeline = tiny_models.full_size(size, dtype=dtype, pool=pool)
+    monkeypatch.setattr(models, "open_pipeline", lambda settings, unet_dtype: pipeline)
+    monkeypatch.setattr(models, "module_fingerprint", lambda module: "0" * 64)
+    monkeypatch.setattr("diffusion.train.estimate_seconds", lambda *_: 1.0)
+    own = dict(SIZES[size])
+    options = load("diffusion", method).Options.model_fields
+    own["method"] = {"name": method, **{key: v for key, v in own.get("method", {}).items() if key in options}}
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    recipe: dict[str, Any] = {
+        "model": {"path": size, "dtype": half, "resolution": PIXELS},
+        "adapter": {"rank": 4, "targets": "attention"},
+        "optim": {"lr": 1e-3, "eps": 1e-8},
+        "loop": {"steps": 1, "batch_size": 1, "precision": half},
+    }
+    if method in ROLLOUTS:
+        rollout = merged(ROLLOUT, {"prompts": str(tmp_path / "prompts.txt"), **own.pop("rollout", {})})
+        recipe |= {"data": None, "rollout": rollout}
+    own.pop("rollout", None)
+    run = train(recipe, own, {k: dict(v) for k, v in (PAIRS | ROLLOUTS)[method].items()})
     gc.collect()
     (line,) = lines(run)
-    assert line["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert line["rewards/margins_abs"] == 0 and line["errors/chosen"] > 0
-    assert 0 < line["grad_norm"] < math.inf
+    assert math.isfinite(line["loss"]) and 0 < line["grad_norm"] < math.inf
+    if method == "dpo":
+        assert line["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert line["rewards/margins_abs"] == 0 and line["errors/chosen"] > 0
     adapter = load_file(newest(run) / "model" / "pytorch_lora_weights.safetensors")
-    blocks = {"sd15": 16, "sdxl": 70}[name]  # transformer blocks, each with two attentions of four matrices
     moved = [tensor for key, tensor in adapter.items() if key.endswith(".lora_B.weight")]
-    assert len(moved) == blocks * 2 * 4
+    assert len(moved) == BLOCKS[size] * 2 * 4
     assert all(tensor.isfinite().all() and tensor.abs().max() > 0 for tensor in moved)
 
 
