@@ -33,6 +33,11 @@ def train(config: TrainConfig) -> int:
     options = configuration.parse_section(module.Options, config.method, "method")
     check_machine(config.loop)
     model = models.load_model(config.model, train_full=config.adapter is None)
+    # Before anything is trained: pictures that cannot be drawn would be noticed hours later.
+    if config.loop.sample_every and config.validation.prompts:
+        model.require_steps(config.validation.sampler.steps, "validation.sampler.steps")
+    if config.evaluation is not None:
+        model.require_steps(config.evaluation.sampler.steps, "evaluation.sampler.steps")
     if config.loop.init_from:
         weights.start_from(model, Path(config.loop.init_from))
     adapters.set_attention(model.unet, config.loop.attention)

@@ -546,6 +546,25 @@ def test_a_run_on_a_few_step_base(run: Path, folders: dict[str, Path], tmp_path:
     assert json.loads((tmp_path / "drawn" / "index.jsonl").read_text())["steps"] == 4
 
 
+def test_steps_of_later_pictures_are_checked_first(folders: dict[str, Path], tmp_path: Path) -> None:
+    drawn = {"sampler": {"steps": 30, "guidance_scale": 0.0}}
+    judged = {**drawn, "scorers": [{"name": "shapes"}], "preference": "style", "arms": {"dpo": []}}
+    for section in ({"validation": {**drawn, "prompts": ["a red circle"]}}, {"evaluation": judged}):
+        recipe = merged(
+            RECIPE,
+            {
+                "model": {"path": str(folders["sd"]), "scheduler": "lcm", "distilled_steps": 4},
+                "data": {"path": "nowhere"},
+                "loop": {"sample_every": 1, "output_dir": str(tmp_path / "run")},
+                **section,
+            },
+        )
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        with pytest.raises(UserError, match=rf"30 steps of a model .*\({next(iter(section))}\.sampler\.steps\)"):
+            train([str(tmp_path / "recipe.yaml")])
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_from_anothers_weights_reopens(folders: dict[str, Path], tmp_path: Path) -> None:
     store = write_store(tmp_path / "store", records=2)
     first = tmp_path / "first"
