@@ -47,18 +47,30 @@ class World:
         return (data or self.data).batch(items, [visit] * len(items), seed=3)
 
 
-@pytest.fixture(scope="module", params=["sd", "sdxl"])
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
-    root = tmp_path_factory.mktemp("world")
-    make = {"sd": tiny_models.sd_pipeline, "sdxl": tiny_models.sdxl_pipeline}[request.param]
-    model = load_model(ModelSettings(path=str(tiny_models.write(make(), root / "model"))))
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, World]:
+    root = tmp_path_factory.mktemp("worlds")
     store = Store.open(write_store(root / "store"))
+    found = {}
+    for name, make in {"sd": tiny_models.sd_pipeline, "sdxl": tiny_models.sdxl_pipeline}.items():
+        model = load_model(ModelSettings(path=str(tiny_models.write(make(), root / name))))
 
-    def encoded(**pairing: Any) -> PairData:
-        pairs = list(make_pairs(store.records(), Pairing(score="taste", **pairing)))
-        return prepare(model, pairs, LatentSettings(cache=None))
+        def encoded(model: DiffusionModel = model, **pairing: Any) -> PairData:
+            pairs = list(make_pairs(store.records(), Pairing(score="taste", **pairing)))
+            return prepare(model, pairs, LatentSettings(cache=None))
 
-    return World(model=model, data=encoded(strategy="unpaired", threshold=0.75), paired=encoded())
+        found[name] = World(model=model, data=encoded(strategy="unpaired", threshold=0.75), paired=encoded())
+    return found
+
+
+@pytest.fixture(params=["sd", "sdxl"])
+def world(request: pytest.FixtureRequest, worlds: dict[str, World]) -> World:
+    return worlds[request.param]
+
+
+@pytest.fixture
+def sd(worlds: dict[str, World]) -> World:
+    return worlds["sd"]
 
 
 def parts(world: World, *, perturbed: float = 0.0, better: bool = False, data: PairData | None = None) -> Parts:
@@ -140,8 +152,8 @@ def test_loss_as_published_one_picture_at_a_time(world: World, baseline: str, be
     assert metrics["rewards/rejected"].item() == pytest.approx(sum(rewards[5:]) / 5, abs=5e-3)
 
 
-def test_the_baselines_differ_and_have_no_gradient(world: World) -> None:
-    given, batch = parts(world, perturbed=0.02, better=True), world.batch()
+def test_the_baselines_differ_and_have_no_gradient(sd: World) -> None:
+    given, batch = parts(sd, perturbed=0.02, better=True), sd.batch()
     mismatched, batched = (loss_of(given, batch, baseline=name)[1] for name in ("mismatched", "batch"))
     assert not torch.equal(mismatched["rewards/baseline"], batched["rewards/baseline"])
     assert torch.equal(mismatched["rewards/chosen"], batched["rewards/chosen"])
@@ -156,8 +168,8 @@ def test_everything_is_exactly_zero_before_the_first_step(world: World, baseline
     assert loss.item() == pytest.approx(0.5, abs=1e-6)  # weights of mean 1 on 1 - sigmoid(0)
 
 
-def test_a_step_raises_desirable_and_lowers_undesirable_rewards(world: World) -> None:
-    given, batch = parts(world), world.batch()
+def test_a_step_raises_desirable_and_lowers_undesirable_rewards(sd: World) -> None:
+    given, batch = parts(sd), sd.batch()
     trained = [p for p in given.module.parameters() if p.requires_grad]
     loss, _ = loss_of(given, batch, desirable_share=0.5)
     loss.backward()
@@ -185,18 +197,18 @@ def test_weights_stand_for_the_share_of_desirable_pictures_drawn() -> None:
     torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
 
 
-def test_an_item_counts_the_same_in_any_batch(world: World) -> None:
+def test_an_item_counts_the_same_in_any_batch(sd: World) -> None:
     """With the baseline of other prompts nothing depends on who shares a batch but z itself, a mean."""
-    given = parts(world, perturbed=0.02)
-    _, together = loss_of(given, world.batch([0, 1, 2, 3]))
-    alone = [loss_of(given, world.batch([item]))[1] for item in (3, 1, 0, 2)]
+    given = parts(sd, perturbed=0.02)
+    _, together = loss_of(given, sd.batch([0, 1, 2, 3]))
+    alone = [loss_of(given, sd.batch([item]))[1] for item in (3, 1, 0, 2)]
     for name in ("rewards/chosen", "rewards/rejected", "errors/chosen", "errors/ref_rejected"):
         mean = sum(metrics[name] for metrics in alone) / 4
         torch.testing.assert_close(together[name], mean, rtol=1e-4, atol=1e-3)
 
 
-def test_utilities_and_pair_weights(world: World) -> None:
-    given, batch = parts(world, perturbed=0.02), world.batch([0, 1])
+def test_utilities_and_pair_weights(sd: World) -> None:
+    given, batch = parts(sd, perturbed=0.02), sd.batch([0, 1])
     seen = {name: loss_of(given, batch, utility=name)[0].item() for name in ("kto", "loss_averse", "risk_seeking")}
     assert len(set(seen.values())) == 3
     assert seen["loss_averse"] > 1 > seen["risk_seeking"]
@@ -219,17 +231,17 @@ def test_other_prompts_are_those_of_the_other_side() -> None:
     assert differs.tolist() == [1, 0, 1, 0]
 
 
-def test_pairs_of_one_prompt_have_no_unrelated_prompts(world: World) -> None:
+def test_pairs_of_one_prompt_have_no_unrelated_prompts(sd: World) -> None:
     with pytest.raises(UserError) as error:
-        loss_of(parts(world, data=world.paired), world.batch(data=world.paired))
+        loss_of(parts(sd, data=sd.paired), sd.batch(data=sd.paired))
     assert str(error.value) == (
         "the two sides of every pair have the same prompt: there are no unrelated ones for the baseline "
         "(data.pairing.strategy). Use unpaired, or method.baseline=batch"
     )
-    loss, _ = loss_of(parts(world, data=world.paired), world.batch(data=world.paired), baseline="batch")
+    loss, _ = loss_of(parts(sd, data=sd.paired), sd.batch(data=sd.paired), baseline="batch")
     assert loss.isfinite()
-    assert kto.build(kto.Options(), parts(world, data=world.data)).describe() == {
-        "logit scale": f"5000 on mean errors (beta: mean_half 10000, mean 5000, sum {5000 / world.data.elements:g})",
+    assert kto.build(kto.Options(), parts(sd, data=sd.data)).describe() == {
+        "logit scale": f"5000 on mean errors (beta: mean_half 10000, mean 5000, sum {5000 / sd.data.elements:g})",
         "items": "2 per pair, weighted 1.6 (desirable) and 0.4; baseline mismatched",
     }
 
@@ -249,15 +261,15 @@ class Recorder(nn.Module):
         return self.inner.run(compute)
 
 
-def test_reference_scores_are_named_by_item_and_not_by_batch(world: World) -> None:
-    given = parts(world)
+def test_reference_scores_are_named_by_item_and_not_by_batch(sd: World) -> None:
+    given = parts(sd)
     assert isinstance(given.reference, AdaptersOff)
     recorder = Recorder(given.reference)
     given = replace(given, reference=recorder)
-    loss_of(given, world.batch([0, 1]))
+    loss_of(given, sd.batch([0, 1]))
     together, recorder.keys = recorder.keys, []
     for item in (0, 1):
-        loss_of(given, world.batch([item]))
+        loss_of(given, sd.batch([item]))
     assert sorted(together) == sorted(recorder.keys) and len(set(together)) == 8
 
 
