@@ -97,6 +97,7 @@ def build_4step(out: Path, base: Path, *, samples: int, steps: int, batch: int, 
     average = _train(student, x, answers, t, texts[row], signal, steps=steps, batch=batch, generator=generator)
     scheduler = few_step_scheduler(pipeline.scheduler.config)
     plain = copy.deepcopy(average).half().to(memory_format=torch.contiguous_format)
+    plain.register_to_config(_name_or_path=None)  # else the folder of the base on this machine
     plain.save_pretrained(out / "unet")
     scheduler.save_pretrained(out / "scheduler")
     pipeline.unet, pipeline.scheduler = average, scheduler

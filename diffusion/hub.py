@@ -16,7 +16,7 @@ from mmalign.errors import UserError
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILE = re.compile(rf"({HUB_ID.pattern})/([\w./-]+\.safetensors)")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-CONVERT = "Convert it where you trust it: safetensors.torch.save_file(torch.load(file, weights_only=True), new_file)"
+CONVERT = "Where you trust it, load it by torch with weights_only=True and write it by safetensors.torch.save_file"
 
 # what the libraries raise over files that are missing, damaged or of something else
 LOADING = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, errors.HfHubHTTPError)

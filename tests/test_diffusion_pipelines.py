@@ -162,7 +162,7 @@ def original(tensors: dict[str, Tensor]) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], Path | str], str]] = {
-    "pickled file": (file_of("dmd2.bin"), r"pickled weights \(\.bin\) can run code.*Convert it.*save_file"),
+    "pickled file": (file_of("dmd2.bin"), r"pickled weights \(\.bin\) can run code.*weights_only=True.*save_file"),
     "pickled, not here": (lambda _: "tianweiy/DMD2/dmd2.bin", r"pickled weights \(\.bin\)"),
     "pickled folder": (pickled_folder, r"has only pickled weights \(\.bin\)"),
     "another file": (file_of("unet.yaml"), "not a .safetensors file"),
