@@ -162,7 +162,7 @@ class PairFeed:
         return batch.latents, batch.conditioning
 
     def forwards(self) -> float:
-        return 4.0  # reference, policy and its backward
+        return self._forwards
 
 
 def pair_settings(config: TrainConfig) -> DataSettings:
@@ -361,4 +361,6 @@ def make_feed(module: Any, config: TrainConfig, model: DiffusionModel) -> Feed:
         return RolloutFeed(config, model, needs_reference=getattr(module, "REFERENCE", True))
     settings = pair_settings(config)
     ensure_store(config, model)
-    return PairFeed(config, model, *read_pairs(settings, config.loop.seed))
+    # reference, policy and its backward, unless the method's file says otherwise
+    forwards = getattr(module, "FORWARDS", 4.0)
+    return PairFeed(config, model, *read_pairs(settings, config.loop.seed), forwards=forwards)

@@ -143,6 +143,8 @@ def rows_before(config: TrainConfig, arm: ArmSettings) -> float:
     drawn = config.candidates
     if drawn is None:
         return 0
+    if drawn.prompts is None:
+        raise UserError(f"how many candidates does {arm.label} draw?", place="arms", fix="Use candidates.prompts.")
     prompts = len(read_prompts(drawn.prompts, drawn.count, drawn.seed))
     guided = 2 if drawn.sampler.guidance_scale > 1 else 1
     return prompts * (drawn.per_prompt * drawn.sampler.steps * guided + arm.rows_per_prompt)

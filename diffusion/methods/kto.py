@@ -44,6 +44,7 @@ from mmalign.losses import equivalents, implicit_rewards, kto, kto_baseline, log
 from mmalign.method import Metrics, OneLoss
 
 FEED = "pairs"
+FORWARDS = 6.0  # policy and reference are asked about other prompts too
 
 
 class Options(Settings):

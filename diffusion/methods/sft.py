@@ -19,6 +19,7 @@ from mmalign.config import Settings
 from mmalign.method import Metrics, OneLoss
 
 FEED = "pairs"
+FORWARDS = 1.5  # of the chosen side alone, without a reference
 
 
 class Options(Settings):
