@@ -83,10 +83,22 @@ class Feed(Protocol):
 
 
 class PairFeed:
-    """Pairs, encoded."""
+    """Pairs, encoded.
 
-    def __init__(self, config: TrainConfig, model: DiffusionModel, pairs: Sequence[Preference], note: str = "") -> None:
-        self._config, self._model, self._note = config, model, note
+    Args:
+        note: how they were made.
+        forwards: what a turn costs: reference, policy and its backward, unless a method says otherwise.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: DiffusionModel,
+        pairs: Sequence[Preference],
+        note: str = "",
+        forwards: float = 4.0,
+    ) -> None:
+        self._config, self._model, self._note, self._forwards = config, model, note, forwards
         self._settings = pair_settings(config)
         samples = bool(config.loop.sample_every and config.validation.prompts)
         self.data = cache.prepare(model, pairs, self._settings, release_texts=not samples)
@@ -361,6 +373,4 @@ def make_feed(module: Any, config: TrainConfig, model: DiffusionModel) -> Feed:
         return RolloutFeed(config, model, needs_reference=getattr(module, "REFERENCE", True))
     settings = pair_settings(config)
     ensure_store(config, model)
-    # reference, policy and its backward, unless the method's file says otherwise
-    forwards = getattr(module, "FORWARDS", 4.0)
-    return PairFeed(config, model, *read_pairs(settings, config.loop.seed), forwards=forwards)
+    return PairFeed(config, model, *read_pairs(settings, config.loop.seed), getattr(module, "FORWARDS", 4.0))
