@@ -169,12 +169,13 @@ def test_another_base_data_or_seed_never_meets_cached_errors(tiny: Tiny, tmp_pat
 
 
 def test_shuffled_labels_are_a_fair_coin_that_the_seed_tosses(tiny: Tiny, tmp_path: Path) -> None:
+    from diffusion.feeds import pair_settings, read_pairs
     from diffusion.recipe import TrainConfig
-    from diffusion.train import read_pairs
     from mmalign import config
 
     def chosen(**changes: Any) -> list[str]:
-        pairs, _ = read_pairs(config.load(TrainConfig, tiny.recipe(tmp_path / "run", **changes)))
+        recipe = config.load(TrainConfig, tiny.recipe(tmp_path / "run", **changes))
+        pairs, _ = read_pairs(pair_settings(recipe), recipe.loop.seed)
         return [pair.chosen.response.sha256() for pair in pairs]  # type: ignore[union-attr]  # pictures
 
     true = chosen()
@@ -191,7 +192,7 @@ def test_a_run_on_shuffled_labels_is_another_run(tiny: Tiny, tmp_path: Path) -> 
     tiny.train(tmp_path / "true")
     tiny.train(tmp_path / "shuffled", data={"shuffle_labels": True})
     assert apart(tmp_path / "true", tmp_path / "shuffled") > 1e-6
-    with pytest.raises(UserError, match=r"the checkpoint has pairs .*, but this run has pairs"):
+    with pytest.raises(UserError, match=r"the checkpoint has data .*, but this run has data"):
         tiny.train(tmp_path / "true", data={"shuffle_labels": True})
 
 
