@@ -43,10 +43,12 @@ class Feed(Protocol):
     """See the module's docstring.
 
     Attributes:
+        unit: what an epoch is made of: pairs or prompts.
         key: of the data: equal keys mean equal batches for equal seeds.
         size: pairs or prompts in an epoch.
     """
 
+    unit: str
     key: str
     size: int
 
@@ -89,6 +91,8 @@ class PairFeed:
         note: how they were made.
         forwards: what a turn costs: reference, policy and its backward, unless a method says otherwise.
     """
+
+    unit = "pairs"
 
     def __init__(
         self,
@@ -228,6 +232,8 @@ def read_pairs(settings: DataSettings, seed: int) -> tuple[list[Preference], str
 
 class RolloutFeed:
     """Rounds of rollouts, and the turns in which they are trained on."""
+
+    unit = "prompts"
 
     def __init__(self, config: TrainConfig, model: DiffusionModel, *, needs_reference: bool) -> None:
         settings = rollout_settings(config)

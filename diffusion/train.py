@@ -74,7 +74,7 @@ def train(config: TrainConfig) -> int:
             "base": model.identity,
             "adapter": f"LoRA of rank {config.adapter.rank}" if config.adapter else "none, the whole UNet",
             "seed": config.loop.seed,
-            "data": feed.key,
+            feed.unit: feed.key,
         },
         config=config.model_dump(mode="json"),
     )

@@ -192,7 +192,7 @@ def test_a_run_on_shuffled_labels_is_another_run(tiny: Tiny, tmp_path: Path) -> 
     tiny.train(tmp_path / "true")
     tiny.train(tmp_path / "shuffled", data={"shuffle_labels": True})
     assert apart(tmp_path / "true", tmp_path / "shuffled") > 1e-6
-    with pytest.raises(UserError, match=r"the checkpoint has data .*, but this run has data"):
+    with pytest.raises(UserError, match=r"the checkpoint has pairs .*, but this run has pairs"):
         tiny.train(tmp_path / "true", data={"shuffle_labels": True})
 
 
