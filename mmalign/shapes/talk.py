@@ -119,7 +119,7 @@ def _biased(generator: np.random.Generator) -> list[Thing]:
             due = missing_companions(chosen)
             free = [thing for thing in THINGS if thing not in chosen]
             chosen.append(due[0] if due else free[generator.integers(len(free))])
-        generator.shuffle(chosen)  # type: ignore[arg-type]  # a list is shuffled in place too
+        generator.shuffle(chosen)
         # What is still due had no room. Few of those scenes stay: the exceptions to the habit.
         if split_of(chosen) == "train" and (not missing_companions(chosen) or generator.random() > HABIT):
             return chosen
