@@ -69,6 +69,12 @@ class Pairing:
             raise UserError(f"max_gap {self.max_gap} is below min_gap {self.min_gap}", place="pairing.max_gap")
         if self.spread is not None and not (math.isfinite(self.spread) and self.spread > 0):
             raise UserError(f"spread is {self.spread}", place="pairing.spread", fix="Use a number above 0")
+        if self.strategy == "votes" and self.spread is not None:
+            raise UserError(
+                "pairs made by votes have their share as confidence, not one from scores",
+                place="pairing.spread",
+                fix="Leave it out or use best_worst or all",
+            )
         if self.max_pairs_per_prompt is not None and self.max_pairs_per_prompt < 1:
             raise UserError(
                 f"max_pairs_per_prompt is {self.max_pairs_per_prompt}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -55,6 +56,20 @@ def refusal(records: Sequence[Record], **options: Any) -> str:
 
 
 # --- by scores ---------------------------------------------------------------------------------------------
+
+
+def test_a_spread_turns_the_gap_into_how_sure_the_label_is() -> None:
+    records = [scored("r", 0.9, 0.4), scored("s", 0.1, 0.1), scored("t", 0.0, 3.0)]
+    plain = pairs(records, ties="soft")
+    assert [pair.confidence for pair in plain] == [None, 0.5, None]
+    soft = pairs(records, spread=0.5, ties="soft")
+    assert [pair.label for pair in soft] == ["a", "tie", "b"]
+    assert [pair.confidence for pair in soft] == pytest.approx([1 / (1 + math.exp(-1)), 0.5, 1 / (1 + math.exp(-6))])
+    # the softmax over both scores after dividing by the spread, as SmPO has it
+    assert soft[0].confidence == pytest.approx(math.exp(1.8) / (math.exp(1.8) + math.exp(0.8)))
+    assert "spread is 0.0 (pairing.spread)" in refusal(records, spread=0.0)
+    assert "spread is nan (pairing.spread)" in refusal(records, spread=math.nan)
+    assert "not one from scores (pairing.spread)" in refusal(records, strategy="votes", spread=1.0)
 
 
 def test_best_against_worst_keeps_the_candidates_order() -> None:
