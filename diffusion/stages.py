@@ -26,8 +26,16 @@ LABELS = {
     "base": "base",
     "dpo": "Diffusion-DPO",
     "lora": "Diffusion-DPO, LoRA",
+    "inpo": "InPO",
+    "kto": "Diffusion-KTO",
+    "pso": "PSO",
+    "pso_offline": "PSO, offline",
+    "d3po": "D3PO",
+    "prdp": "PRDP",
+    "ddpo": "DDPO",
     "sft": "fine-tuning on the winners",
     "shuffled": "control: shuffled labels",
+    "control": "control: shuffled rewards",
 }
 SHARES = ("faithful",)  # numbers that are 0 or 1 for a picture
 
