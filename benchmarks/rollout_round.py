@@ -311,20 +311,24 @@ class Floor:
     def predict(self, rows: int, module: torch.nn.Module) -> torch.Tensor:
         return self.ours.parts.predict(module, *self.inputs[rows])
 
+    def enter(self, kind: str) -> None:
+        """The mode that calls of a kind run in; it takes a while to reach every layer, so not before each of them."""
+        self.ours.loop.module.train(kind in ("value", "train"))
+
     def one(self, kind: str) -> None:
-        """One call of a kind, in the mode and with the weights of its kind."""
+        """One call of a kind."""
         rows, module = self.work[kind].rows, self.ours.loop.module
         if kind == "train":
-            self.predict(rows, module.train()).float().backward(self.gradient)
+            self.predict(rows, module).float().backward(self.gradient)
         elif kind == "reference":
-            module.eval()
             self.ours.parts.reference.run(lambda at: self.predict(rows, at))
         else:
             with torch.no_grad():
-                self.predict(rows, module.train(kind == "value"))
+                self.predict(rows, module)
 
     def step(self) -> None:
         for kind, calls in self.work.items():
+            self.enter(kind)
             for _ in range(calls.calls):
                 self.one(kind)
         self.ours.loop.optimizer.zero_grad(set_to_none=True)
@@ -460,14 +464,21 @@ def own_parts(ours: Ours, floor: Floor, repeats: int) -> dict[str, dict[str, flo
             loss.backward()
 
     alone: dict[str, Callable[[], Any]] = {
-        **{f"unet_{kind}": functools.partial(floor.one, kind) for kind in floor.work},
         "prompts": lambda: ours.model.encode_prompts(names),
         "draws_steps_and_scores_without_unet": draw,
         "losses_of_a_turn_without_unet": losses,
         "gradient_norm_and_clipping": lambda: loop.accelerator.clip_grad_norm_(loop.module.parameters(), 1.0),
         "optimizer": loop.optimizer.step,
     }
-    return {name: spread([seconds(job, case.device) for _ in range(repeats)]) for name, job in alone.items()}
+    found = {}
+    for kind in floor.work:
+        floor.enter(kind)
+        found[f"unet_{kind}"] = spread(
+            [seconds(functools.partial(floor.one, kind), case.device) for _ in range(repeats)]
+        )
+    for name, job in alone.items():
+        found[name] = spread([seconds(job, case.device) for _ in range(repeats)])
+    return found
 
 
 def ratios(report: dict[str, Any]) -> dict[str, float]:

@@ -116,13 +116,12 @@ def planned(settings: SuiteSettings, out: Path, only: Sequence[str], seeds: Sequ
         taught, method = settings.preferences[preference], settings.arms[arm]
         for seed in seeds:
             folder = out / preference / arm / str(seed)
-            words = [*method.set, f"loop.seed={seed}", f"loop.output_dir={folder}"]
-            first = configuration.load(TrainConfig, method.recipe, words)
+            first = configuration.load(TrainConfig, method.recipe, [*method.set, f"loop.output_dir={folder}"])
+            words = list(taught.pairs if first.rollout is None else taught.rollouts)
+            words += [*method.set, f"loop.seed={seed}", f"loop.output_dir={folder}"]  # an arm's own word is the last
             if first.rollout is None:
                 store = out / preference / f"store-{Path(first.model.path).name}"
-                words += [*taught.pairs, f"data.path={store}", f"data.cache={out / 'cache'}"]
-            else:
-                words += taught.rollouts
+                words += [f"data.path={store}", f"data.cache={out / 'cache'}"]
             config = configuration.load(TrainConfig, method.recipe, words)
             steps = int((taught.budget - rows_before(config, method)) // rows_per_update(config, method))
             if steps < 1:
