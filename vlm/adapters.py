@@ -1,0 +1,97 @@
+"""LoRA on a vision-language model, on the language model alone unless told more, and its reference with it off."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from vlm.families import Family
+from vlm.settings import VlmLoraSettings
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+
+
+def lora_layers(network: nn.Module) -> list[Any]:
+    """The layers that carry an adapter, also inside a wrapper."""
+    return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def target_pattern(network: nn.Module, family: Family, settings: VlmLoraSettings) -> str:
+    """A pattern of the full paths of the layers to adapt.
+
+    Names alone will not do: vision towers have a q_proj too, and peft's "all-linear" takes every linear layer.
+    """
+    names = ATTENTION + (FEED_FORWARD if settings.targets == "all" else ())
+    patterns = [rf"model\.{family.language}\..*\.({'|'.join(names)})"]
+    for wanted, part in ((settings.projector, family.projector), (settings.vision, family.vision)):
+        if wanted:
+            within = re.compile(rf"model\.({part})\.(?:.*\.)?(\w+)")
+            found = [
+                match
+                for name, module in network.named_modules()
+                if isinstance(module, nn.Linear) and (match := within.fullmatch(name))
+            ]
+            leaves = sorted({match.groups()[-1] for match in found})
+            patterns.append(rf"model\.({part})\.(.*\.)?({'|'.join(leaves)})")
+    return "|".join(f"({pattern})" for pattern in patterns)
+
+
+def add_lora(network: Any, family: Family, settings: VlmLoraSettings) -> None:
+    """Put an fp32 adapter on the network and make it all that is trainable.
+
+    A is drawn from N(0, 1 / rank^2) on the CPU, layer by layer, so that a seed means the same adapter on every
+    machine; B is 0. Global generators are left alone.
+
+    Raises:
+        ValueError: the network has an adapter already.
+    """
+    if lora_layers(network):
+        raise ValueError("the network has an adapter already")
+    alpha = float(settings.rank if settings.alpha is None else settings.alpha)
+    network.requires_grad_(False)
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=int(alpha) if alpha.is_integer() else alpha,
+        target_modules=target_pattern(network, family, settings),
+        lora_dropout=settings.dropout,
+        init_lora_weights="gaussian",
+    )
+    with torch.random.fork_rng():
+        network.add_adapter(config)
+    generator = torch.Generator().manual_seed(settings.seed)
+    with torch.no_grad():
+        for name, parameter in sorted(network.named_parameters()):
+            if ".lora_" in name:
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+            if ".lora_A." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / settings.rank)
+
+
+@contextlib.contextmanager
+def adapters_disabled(network: nn.Module) -> Iterator[None]:
+    """The base model inside the block, the adapted one again after it, whatever happens there.
+
+    Raises:
+        ValueError: there is no adapter, so that the "reference" would be the policy.
+    """
+    layers = lora_layers(network)
+    if not layers:
+        raise ValueError("the network has no adapter to disable")
+    # Not peft's enable_adapters: it also flips requires_grad, under the feet of DDP, FSDP and the optimizer.
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer._disable_adapters = value

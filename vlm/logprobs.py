@@ -1,0 +1,92 @@
+"""Log-probabilities of completion tokens, without ever holding the logits of a whole batch.
+
+A row of 600 tokens over a vocabulary of 150,000 has 360 MB of fp32 logits, and its softmax and gradients as much again.
+Only positions that predict a completion token are taken, a chunk at a time: hidden states -> head -> fp32
+log-softmax -> one number each. The backward computes each chunk's logits anew instead of keeping them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Head = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogps:
+    """log p(token t | image, tokens before t) of every completion token; sums and means are a loss's business.
+
+    Args:
+        values: [rows, tokens], fp32 or more; 0 where `completion` is False.
+        completion: [rows, tokens], which tokens were scored.
+    """
+
+    values: Float[Tensor, "rows tokens"]
+    completion: Bool[Tensor, "rows tokens"]
+
+    def sums(self) -> Float[Tensor, " rows"]:
+        """log p(completion): what DPO and its kin compare."""
+        return self.values.sum(dim=1)
+
+    def counts(self) -> Int64[Tensor, " rows"]:
+        """How many tokens each row's completion has, at least 1."""
+        return self.completion.sum(dim=1)
+
+    def means(self) -> Float[Tensor, " rows"]:
+        """Per-token average: what ORPO, SimPO and IPO compare."""
+        return self.sums() / self.counts()
+
+
+def token_logps(
+    hidden: Float[Tensor, "rows tokens width"],
+    ids: Int64[Tensor, "rows tokens"],
+    completion: Bool[Tensor, "rows tokens"],
+    head: Head,
+    *,
+    chunk: int,
+) -> TokenLogps:
+    """log softmax(head(hidden[t - 1]))[ids[t]] for every completion token t.
+
+    Args:
+        hidden: last hidden states, of any padding.
+        ids: unshifted: the shift is done here.
+        completion: which tokens to score; never the first of a row, which nothing predicts.
+        head: hidden states [n, width] -> logits [n, vocabulary], in any precision; the logits become fp32 here.
+        chunk: positions whose logits exist at once.
+
+    Raises:
+        ValueError: a row has nothing to score, or its first token is to be scored.
+    """
+    if not completion.any(dim=1).all():
+        raise ValueError("a row has no completion token")
+    if completion[:, 0].any():
+        raise ValueError("the first token of a row cannot be scored: no token comes before it")
+    predicted = completion[:, 1:]
+    # [n, width] and [n]: positions that predict a completion token, row by row
+    states, targets = hidden[:, :-1][predicted], ids[:, 1:][predicted]
+    parts = [
+        _logps(states[start : start + chunk], targets[start : start + chunk], head)
+        for start in range(0, len(targets), chunk)
+    ]
+    flat = torch.cat(parts)
+    values = flat.new_zeros(ids.shape).masked_scatter(completion, flat)
+    return TokenLogps(values=values, completion=completion)
+
+
+def _logps(states: Float[Tensor, "n width"], targets: Int64[Tensor, " n"], head: Head) -> Float[Tensor, " n"]:
+    if torch.is_grad_enabled():
+        result: Tensor = checkpoint(_chunk_logps, states, targets, head, use_reentrant=False)
+        return result
+    return _chunk_logps(states, targets, head)
+
+
+def _chunk_logps(states: Float[Tensor, "n width"], targets: Int64[Tensor, " n"], head: Head) -> Float[Tensor, " n"]:
+    logits = head(states)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)

@@ -1,0 +1,146 @@
+"""Opens a vision-language model and its processor from a folder or the hub, and refuses anything else in one line.
+
+The configuration is looked at before a weight is read or downloaded. Weights are safetensors only; no code of a
+model is ever run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from huggingface_hub import errors
+from safetensors import SafetensorError
+
+from mmalign.errors import UserError
+from vlm.families import FAMILIES, Family, configure
+from vlm.settings import VlmModelSettings
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# what the libraries raise over files that are missing, damaged or of something else
+LOADING = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError, errors.HfHubHTTPError)
+
+
+def open_network(settings: VlmModelSettings, *, dtype: torch.dtype) -> tuple[Any, Any, Family]:
+    """(network, processor, family), on the CPU, in eval mode and with nothing trainable.
+
+    Raises:
+        UserError: no such folder or hub model, not in the local cache while offline, a kind that is not supported,
+            weights missing or not safetensors, or a processor that does not belong to the model.
+    """
+    source, place = settings.path, f"model.path: {settings.path}"
+    family = FAMILIES[_model_type(settings, place)]
+    if Path(source).is_dir():
+        _check_weights(Path(source), place)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    options: dict[str, Any] = {
+        "revision": settings.revision,
+        "local_files_only": _offline(settings),
+        "trust_remote_code": False,
+    }
+    try:
+        processor: Any = transformers.AutoProcessor.from_pretrained(source, **options)
+    except LOADING as error:
+        raise UserError(f"cannot open the processor: {_reason(error)}", place=place) from error
+    if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
+        raise UserError("the model has no image processor beside its tokenizer", place=place)
+    try:
+        network, report = transformers.AutoModelForImageTextToText.from_pretrained(
+            source,
+            dtype=dtype,
+            attn_implementation=settings.attention,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except LOADING as error:
+        raise UserError(f"cannot open the model: {_reason(error)}", place=place) from error
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"{len(missing)} weights are missing and would be random, first {missing[0]}",
+            place=place,
+            fix="Use a complete checkpoint",
+        )
+    _check_tokens(network, processor, place)
+    configure(processor, network.config, family, settings)
+    network.requires_grad_(False).eval()
+    return network, processor, family
+
+
+def _offline(settings: VlmModelSettings) -> bool:
+    return settings.offline or bool(huggingface_hub.constants.HF_HUB_OFFLINE)
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200].rstrip(". ")
+
+
+def _model_type(settings: VlmModelSettings, place: str) -> str:
+    """The model type that config.json names, if it is one we know."""
+    source = settings.path
+    path = Path(source) / "config.json"
+    if Path(source).is_file():
+        raise UserError("this is a file, not a model's folder", place=place)
+    if not Path(source).is_dir():
+        if not HUB_ID.fullmatch(source):
+            raise UserError("there is no such folder", place=place, fix="Give a folder or a hub id owner/name")
+        path = _download(settings, place)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        found = config.get("model_type")
+    except FileNotFoundError as error:
+        raise UserError("not a model's folder: it has no config.json", place=place) from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"config.json cannot be read: {_reason(error)}", place=place) from error
+    if found not in FAMILIES:
+        raise UserError(f"a model of type {found} is not supported", place=place, fix=f"Known: {', '.join(FAMILIES)}")
+    return str(found)
+
+
+def _download(settings: VlmModelSettings, place: str) -> Path:
+    try:
+        return Path(
+            huggingface_hub.hf_hub_download(
+                settings.path, "config.json", revision=settings.revision, local_files_only=_offline(settings)
+            )
+        )
+    except errors.GatedRepoError as error:
+        cause, fix = "the hub asks for a login and an accepted licence", "Accept it there, then run `hf auth login`"
+        raise UserError(cause, place=place, fix=fix) from error
+    except errors.LocalEntryNotFoundError as error:
+        cause = "no folder here, and not in the local hub cache" + (" (offline)" if _offline(settings) else "")
+        raise UserError(cause, place=place, fix="Download it once while online, or give a folder") from error
+    except (OSError, ValueError, errors.HfHubHTTPError) as error:
+        raise UserError(f"the hub has no such model for you: {_reason(error)}", place=place) from error
+
+
+def _check_weights(folder: Path, place: str) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    if any(folder.glob("*.bin")):
+        raise UserError(
+            "the folder has only pickled weights (.bin), which can run code when they are read",
+            place=place,
+            fix="Use a model with .safetensors, or convert it where you trust it",
+        )
+    raise UserError("the folder has no weights (*.safetensors)", place=place, fix="Copy or download the model again")
+
+
+def _check_tokens(network: Any, processor: Any, place: str) -> None:
+    """The placeholder is one token, the same for both."""
+    theirs = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    own = network.config.image_token_id
+    if theirs != own:
+        raise UserError(
+            f"the tokenizer's {processor.image_token} is token {theirs}, the model's placeholder is {own}",
+            place=place,
+            fix="The processor belongs to another model",
+        )
