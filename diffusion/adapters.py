@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 
 from diffusion.settings import LoraSettings
 from mmalign.errors import UserError
+from mmalign.reference import layers_disabled
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
@@ -68,25 +68,9 @@ def attach(unet: Any, rank: int, alpha: float, targets: list[str], dropout: floa
             parameter.requires_grad_(True)
 
 
-@contextlib.contextmanager
-def adapters_disabled(unet: nn.Module) -> Iterator[None]:
-    """The base model inside the block, the adapted one again after it, whatever happens there.
-
-    Raises:
-        ValueError: there is no adapter, so that the "reference" would be the policy.
-    """
-    layers = lora_layers(unet)
-    if not layers:
-        raise ValueError("the UNet has no adapter to disable")
-    # Not peft's enable_adapters: it also flips requires_grad, under the feet of DDP, FSDP and the optimizer.
-    before = [layer._disable_adapters for layer in layers]
-    try:
-        for layer in layers:
-            layer._disable_adapters = True
-        yield
-    finally:
-        for layer, value in zip(layers, before, strict=True):
-            layer._disable_adapters = value
+def adapters_disabled(unet: nn.Module) -> AbstractContextManager[None]:
+    """The base model inside the block; see `mmalign.reference.layers_disabled`."""
+    return layers_disabled(lora_layers(unet))
 
 
 def frozen_copy(unet: Any) -> Any:

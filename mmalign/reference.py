@@ -10,10 +10,10 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,6 +41,29 @@ class Reference(Protocol):
     def run(self, compute: Compute) -> Tensor:
         """Whatever else the reference makes, without a graph; nothing of it is kept."""
         ...
+
+
+@contextlib.contextmanager
+def layers_disabled(layers: Sequence[Any]) -> Iterator[None]:
+    """The base model inside the block, the adapted one again after it, whatever happens there.
+
+    Args:
+        layers: peft's adapter layers of the model.
+
+    Raises:
+        ValueError: there are none, so that the "reference" would be the policy.
+    """
+    if not layers:
+        raise ValueError("the model has no adapter to disable")
+    # Not peft's enable_adapters: it also flips requires_grad, under the feet of DDP, FSDP and the optimizer.
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer._disable_adapters = value
 
 
 class AdaptersOff:

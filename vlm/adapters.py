@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from mmalign.reference import layers_disabled
 from vlm.families import Family
 from vlm.settings import VlmLoraSettings
 
@@ -76,22 +76,6 @@ def add_lora(network: Any, family: Family, settings: VlmLoraSettings) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / settings.rank)
 
 
-@contextlib.contextmanager
-def adapters_disabled(network: nn.Module) -> Iterator[None]:
-    """The base model inside the block, the adapted one again after it, whatever happens there.
-
-    Raises:
-        ValueError: there is no adapter, so that the "reference" would be the policy.
-    """
-    layers = lora_layers(network)
-    if not layers:
-        raise ValueError("the network has no adapter to disable")
-    # Not peft's enable_adapters: it also flips requires_grad, under the feet of DDP, FSDP and the optimizer.
-    before = [layer._disable_adapters for layer in layers]
-    try:
-        for layer in layers:
-            layer._disable_adapters = True
-        yield
-    finally:
-        for layer, value in zip(layers, before, strict=True):
-            layer._disable_adapters = value
+def adapters_disabled(network: nn.Module) -> AbstractContextManager[None]:
+    """The base model inside the block; see `mmalign.reference.layers_disabled`."""
+    return layers_disabled(lora_layers(network))
