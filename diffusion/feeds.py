@@ -30,10 +30,8 @@ from mmalign import config as configuration
 from mmalign.errors import UserError
 from mmalign.loop import Loop, processes
 from mmalign.order import Order, share
-from mmalign.pairing import PairingSummary, make_pairs
-from mmalign.preferences import Store
+from mmalign.pairdata import read_pairs
 from mmalign.prompts import read_prompts
-from mmalign.randomness import key_seed
 from mmalign.records import Preference
 from mmalign.reference import Cached, Reference
 
@@ -208,23 +206,6 @@ def ensure_store(config: TrainConfig, model: DiffusionModel) -> None:
         if not config.data.path.exists():
             model.to(processes().device)
             make_store(model, config.candidates, config.data.path)
-
-
-def read_pairs(settings: DataSettings, seed: int) -> tuple[list[Preference], str]:
-    """The pairs that a recipe's data section describes, and a line about how they were made."""
-    if not settings.path.exists():
-        raise UserError(
-            "no preference store here",
-            place=f"data.path={settings.path}",
-            fix="Make one with 'mmalign data import', or add a candidates section to the recipe.",
-        )
-    store = Store.open(settings.path)
-    summary = PairingSummary()
-    pairs = list(make_pairs(store.records(split=settings.split), settings.pairing.build(), summary))
-    if settings.shuffle_labels:
-        coin = [key_seed("shuffled label", seed, pair.item_id) & 1 for pair in pairs]
-        pairs = [pair.flip() if heads else pair for pair, heads in zip(pairs, coin, strict=True)]
-    return pairs, str(summary)
 
 
 # ------------------------------------------------------------------------------------------------ rollouts

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from diffusion import cache
 from diffusion.cache import PairData
-from diffusion.feeds import read_pairs
 from diffusion.models import DiffusionModel
 from diffusion.settings import DataSettings
 from diffusion.tuned import find_tuned, open_base, open_tuned
 from mmalign.errors import UserError
 from mmalign.losses import accuracy
+from mmalign.pairdata import read_pairs
 from mmalign.progress import progress
 from mmalign.statistics import bootstrap_interval
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mmalign.config import Settings
-from mmalign.pairing import Pairing, Strategy, Ties
+from mmalign.pairdata import PairDataSettings
 
 Pixels = Annotated[int, Field(gt=0)]
 
@@ -120,37 +120,5 @@ class LatentSettings(Settings):
         return self
 
 
-class PairingSettings(Settings):
-    """How pairs are made from records; see `mmalign.pairing.Pairing`."""
-
-    strategy: Strategy = Field(
-        default="auto",
-        description="by votes, best against worst, all pairs, or unpaired: desirable pictures beside undesirable ones",
-    )
-    score: str | None = Field(default=None, description="the score to compare by; null: the only one there is")
-    min_gap: float = Field(default=0.0, ge=0, description="pairs with a smaller difference are left out")
-    max_gap: float | None = Field(default=None, description="pairs with a larger one are left out")
-    ties: Ties = Field(default="drop", description="drop, or soft: a coin flip for losses with soft labels")
-    spread: float | None = Field(
-        default=None,
-        gt=0,
-        description="pairs by scores have probability sigmoid(gap / spread), for losses with soft labels; null: sure",
-    )
-    max_pairs_per_prompt: int | None = Field(default=None, gt=0, description="a seeded draw from prompts with more")
-    seed: int = Field(default=0, ge=0, description="of that draw, and of which unpaired pictures meet")
-    threshold: float | None = Field(
-        default=None, description="unpaired pictures are desirable from this score on; null: from the middle"
-    )
-
-    def build(self) -> Pairing:
-        """The core's description of the same."""
-        return Pairing(**dict(self))
-
-
-class DataSettings(LatentSettings):
+class DataSettings(PairDataSettings, LatentSettings):
     """Which preferences, and how their pictures become latents."""
-
-    path: Annotated[Path, Field(strict=False)] = Field(description="a preference store")
-    split: str = Field(default="train", description="of the store")
-    pairing: PairingSettings = PairingSettings()
-    shuffle_labels: bool = Field(default=False, description="the control: labels by coin flip teach nothing")

@@ -169,9 +169,10 @@ def test_another_base_data_or_seed_never_meets_cached_errors(tiny: Tiny, tmp_pat
 
 
 def test_shuffled_labels_are_a_fair_coin_that_the_seed_tosses(tiny: Tiny, tmp_path: Path) -> None:
-    from diffusion.feeds import pair_settings, read_pairs
+    from diffusion.feeds import pair_settings
     from diffusion.recipe import TrainConfig
     from mmalign import config
+    from mmalign.pairdata import read_pairs
 
     def chosen(**changes: Any) -> list[str]:
         recipe = config.load(TrainConfig, tiny.recipe(tmp_path / "run", **changes))

@@ -1,0 +1,76 @@
+"""The recipe section that says which preferences are trained on, and the pairs it comes to.
+
+Imports nothing heavy before pairs are read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from mmalign.config import Settings
+from mmalign.errors import UserError
+from mmalign.pairing import Pairing, PairingSummary, Strategy, Ties, make_pairs
+from mmalign.records import Preference
+
+
+class PairingSettings(Settings):
+    """How pairs are made from records; see `mmalign.pairing.Pairing`."""
+
+    strategy: Strategy = Field(
+        default="auto",
+        description="by votes, best against worst, all pairs, or unpaired: desirable pictures beside undesirable ones",
+    )
+    score: str | None = Field(default=None, description="the score to compare by; null: the only one there is")
+    min_gap: float = Field(default=0.0, ge=0, description="pairs with a smaller difference are left out")
+    max_gap: float | None = Field(default=None, description="pairs with a larger one are left out")
+    ties: Ties = Field(default="drop", description="drop, or soft: a coin flip for losses with soft labels")
+    spread: float | None = Field(
+        default=None,
+        gt=0,
+        description="pairs by scores have probability sigmoid(gap / spread), for losses with soft labels; null: sure",
+    )
+    max_pairs_per_prompt: int | None = Field(default=None, gt=0, description="a seeded draw from prompts with more")
+    seed: int = Field(default=0, ge=0, description="of that draw, and of which unpaired pictures meet")
+    threshold: float | None = Field(
+        default=None, description="unpaired pictures are desirable from this score on; null: from the middle"
+    )
+
+    def build(self) -> Pairing:
+        """The core's description of the same."""
+        return Pairing(**dict(self))
+
+
+class PairDataSettings(Settings):
+    """Which preferences."""
+
+    path: Annotated[Path, Field(strict=False)] = Field(description="a preference store")
+    split: str = Field(default="train", description="of the store")
+    pairing: PairingSettings = PairingSettings()
+    shuffle_labels: bool = Field(default=False, description="the control: labels by coin flip teach nothing")
+
+
+def read_pairs(settings: PairDataSettings, seed: int) -> tuple[list[Preference], str]:
+    """The pairs that a recipe's data section describes, and a line about how they were made.
+
+    Raises:
+        UserError: no store there, or pairs that its records do not make.
+    """
+    from mmalign.preferences import Store
+    from mmalign.randomness import key_seed
+
+    if not settings.path.exists():
+        raise UserError(
+            "no preference store here",
+            place=f"data.path={settings.path}",
+            fix="Make one with 'mmalign data import', or say in the recipe how it is made.",
+        )
+    store = Store.open(settings.path)
+    summary = PairingSummary()
+    pairs = list(make_pairs(store.records(split=settings.split), settings.pairing.build(), summary))
+    if settings.shuffle_labels:
+        coin = [key_seed("shuffled label", seed, pair.item_id) & 1 for pair in pairs]
+        pairs = [pair.flip() if heads else pair for pair, heads in zip(pairs, coin, strict=True)]
+    return pairs, str(summary)
