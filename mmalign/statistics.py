@@ -243,6 +243,42 @@ def _quantile(confidence: float) -> float:
     return NormalDist().inv_cdf((1 + confidence) / 2)
 
 
+def student_quantile(probability: float, degrees: int | None) -> float:
+    """The value that Student's t with so many degrees of freedom stays below with a probability.
+
+    From the exact distribution function at whole degrees (Abramowitz and Stegun 26.7.3 and 26.7.4), by bisection.
+
+    Args:
+        probability: in (0, 1).
+        degrees: 1 or more; None, or more than 10,000, is the normal distribution.
+    """
+    if degrees is None or degrees > 10_000:
+        return NormalDist().inv_cdf(probability)
+    if probability < 0.5:
+        return -student_quantile(1 - probability, degrees)
+    low, high = 0.0, 1.0
+    while _student_cdf(high, degrees) < probability:
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _student_cdf(middle, degrees) < probability else (low, middle)
+    return (low + high) / 2
+
+
+def _student_cdf(value: float, degrees: int) -> float:
+    """P(t < value) for value >= 0."""
+    angle = math.atan2(value, math.sqrt(degrees))
+    square = math.cos(angle) ** 2
+    odd = degrees % 2
+    # terms cos^(odd), cos^(odd + 2), ... with coefficients 2/3, 4/5, ... (odd) or 1/2, 3/4, ... (even)
+    k = np.arange(1, (degrees - odd) // 2)
+    ratios = (2 * k / (2 * k + 1) if odd else (2 * k - 1) / (2 * k)) * square
+    series = 1.0 + float(np.cumprod(ratios).sum()) if degrees > 1 else 0.0
+    sine, cosine = math.sin(angle), math.cos(angle)
+    inside = (angle + sine * cosine * series) * 2 / math.pi if odd else sine * series
+    return 0.5 + inside / 2
+
+
 def _finite(name: str, values: ArrayLike) -> Values:
     data = np.asarray(values, dtype=np.float64)
     if data.ndim != 1:
