@@ -118,6 +118,7 @@ def planned(settings: SuiteSettings, out: Path, only: Sequence[str], seeds: Sequ
             folder = out / preference / arm / str(seed)
             first = configuration.load(TrainConfig, method.recipe, [*method.set, f"loop.output_dir={folder}"])
             words = list(taught.pairs if first.rollout is None else taught.rollouts)
+            words += settings.evaluation.get(first.model.path, ())  # else refused: steps that the model cannot draw in
             words += [*method.set, f"loop.seed={seed}", f"loop.output_dir={folder}"]  # an arm's own word is the last
             if first.rollout is None:
                 store = out / preference / f"store-{Path(first.model.path).name}"

@@ -225,21 +225,15 @@ class VisionLanguageModel:
         deep = [torch.cat(list(level)) for level in getattr(made, "deepstack_features", None) or ()]
         return ImageFeatures(pooled=pooled.split(counts), deep=tuple(level.split(counts) for level in deep))
 
-    def hidden_states(
-        self, batch: VlmBatch, features: ImageFeatures | None = None
-    ) -> Float[Tensor, "rows tokens width"]:
-        """Last hidden states, from which the head makes logits.
+    def inputs(self, batch: VlmBatch, features: ImageFeatures | None = None) -> dict[str, Any]:
+        """What the network without its head is called with.
 
         Args:
             batch: on the network's device.
             features: of `batch.images`, where they are known already: a frozen vision tower's are the same for
                 policy and reference.
         """
-        arguments: dict[str, Any] = {
-            "input_ids": batch.ids,
-            "attention_mask": batch.attention.long(),
-            "use_cache": False,
-        }
+        arguments: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.attention.long()}
         if features is None:
             features = self.encode_images(batch.images)
         if features is not None:
@@ -251,10 +245,14 @@ class VisionLanguageModel:
                 )
             }
         if self.family.token_types:
-            arguments |= self._token_types(batch)
-        else:
-            arguments["position_ids"] = (batch.attention.long().cumsum(dim=1) - 1).clamp(min=0)
-        hidden: Tensor = self.network.model(**arguments).last_hidden_state
+            return arguments | self._token_types(batch)
+        return arguments | {"position_ids": (batch.attention.long().cumsum(dim=1) - 1).clamp(min=0)}
+
+    def hidden_states(
+        self, batch: VlmBatch, features: ImageFeatures | None = None
+    ) -> Float[Tensor, "rows tokens width"]:
+        """Last hidden states, from which the head makes logits; see `inputs`."""
+        hidden: Tensor = self.network.model(**self.inputs(batch, features), use_cache=False).last_hidden_state
         return hidden
 
     def logps(self, batch: VlmBatch, features: ImageFeatures | None = None) -> TokenLogps:
