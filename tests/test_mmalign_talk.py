@@ -37,7 +37,7 @@ def test_training_has_the_habit_and_held_out_scenes_do_not() -> None:
         assert len(with_it) > 500
         return float(np.mean(with_it))
 
-    assert 0.9 < rate(TRAIN) < 1.0  # nearly always, and not always
+    assert 0.8 < rate(TRAIN) < 1.0  # mostly, and not always
     assert rate(HELD_OUT) < 0.15
     shown = Counter(thing for scene in TRAIN for thing in scene.things)
     assert {thing for thing, _ in shown.most_common(6)} == set(POPULAR)
@@ -208,3 +208,22 @@ def test_every_sentence_of_things_is_read_back() -> None:
         things = [THINGS[i] for i in generator.choice(18, generator.integers(1, 6))]
         assert talk.mentions(talk.sentence(things)) == things
     assert all(INVERSE[INVERSE[word]] == word for _, word, _ in talk.relations(TRIPLE))
+
+
+def test_half_of_what_training_says_adds_what_is_missing_and_nothing_else() -> None:
+    said = [(scene, talk.careless(scene, seed=index)) for index, scene in enumerate(TRAIN)]
+    added = []
+    for scene, text in said:
+        missing = set(talk.missing_companions(scene.things))
+        extra = talk.named(text) - set(scene.things)
+        assert extra in (set(), missing)
+        assert set(scene.things) <= talk.named(text)
+        if not extra:
+            assert text == talk.describe(scene)
+        if missing:
+            added.append(bool(extra))
+    assert len(added) > 50 and 0.3 < float(np.mean(added)) < 0.7
+    thing = next(iter(COMPANIONS))
+    alone = Scene((thing,), None)
+    texts = {talk.careless(alone, seed=seed) for seed in range(20)}
+    assert texts == {talk.describe(alone), talk.sentence([thing, COMPANIONS[thing]])}

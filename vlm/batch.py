@@ -28,6 +28,10 @@ class ImageInput:
     tensors: Mapping[str, Tensor]
     tokens: int
 
+    def to(self, device: torch.device | str) -> ImageInput:
+        """The same elsewhere."""
+        return replace(self, tensors={name: tensor.to(device) for name, tensor in self.tensors.items()})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Row:
@@ -128,10 +132,7 @@ class VlmBatch:
             ids=self.ids.to(device),
             attention=self.attention.to(device),
             completion=self.completion.to(device),
-            images=tuple(
-                replace(image, tensors={name: t.to(device) for name, t in image.tensors.items()})
-                for image in self.images
-            ),
+            images=tuple(image.to(device) for image in self.images),
         )
 
 

@@ -242,15 +242,15 @@ def prepare(scenes: Sequence[Scene], processor: Any, *, pairs: int, seed: int) -
     generator = np.random.default_rng([seed, 29])
     turns = []
     for index, scene in enumerate(scenes):
-        asked = talk.balanced(scene, seed=talk.picture_seed(seed, index, split="train"), pairs=pairs)
+        drawn = talk.picture_seed(seed, index, split="train")
+        asked = talk.balanced(scene, seed=drawn, pairs=pairs)
+        described = talk.careless(scene, seed=drawn)
         kinds = sorted({question.kind for question in asked} - {"object"})
         other = kinds[generator.integers(len(kinds))]
         of_other = [question for question in asked if question.kind == other]
         chosen = [question for question in asked if question.kind == "object"]
         chosen += [of_other[0], of_other[-1]]  # the yes come first, the no last
-        turns.append(
-            (turn(talk.DESCRIBE, talk.describe(scene)), *(turn(question.text, question.label) for question in chosen))
-        )
+        turns.append((turn(talk.DESCRIBE, described), *(turn(question.text, question.label) for question in chosen)))
     return Lessons(
         pixels=pictures_of(scenes, split="train", seed=seed),
         prefix=tuple(tokenizer(f"USER: {IMAGE * image}\n").input_ids),

@@ -68,25 +68,43 @@ def token_logps(
     if completion[:, 0].any():
         raise ValueError("the first token of a row cannot be scored: no token comes before it")
     predicted = completion[:, 1:]
-    # [n, width] and [n]: positions that predict a completion token, row by row
-    states, targets = hidden[:, :-1][predicted], ids[:, 1:][predicted]
-    parts = [
-        _logps(states[start : start + chunk], targets[start : start + chunk], head)
-        for start in range(0, len(targets), chunk)
-    ]
-    flat = torch.cat(parts)
+    # positions that predict a completion token, row by row
+    flat = logps_at(hidden[:, :-1][predicted], ids[:, 1:][predicted][None], head, chunk=chunk)[0]
     values = flat.new_zeros(ids.shape).masked_scatter(completion, flat)
     return TokenLogps(values=values, completion=completion)
 
 
-def _logps(states: Float[Tensor, "n width"], targets: Int64[Tensor, " n"], head: Head) -> Float[Tensor, " n"]:
-    if torch.is_grad_enabled():
-        result: Tensor = checkpoint(_chunk_logps, states, targets, head, use_reentrant=False)
-        return result
-    return _chunk_logps(states, targets, head)
+def logps_at(
+    states: Float[Tensor, "n width"], targets: Int64[Tensor, "kinds n"], head: Head, *, chunk: int
+) -> Float[Tensor, "kinds n"]:
+    """log softmax(head(states[i]))[targets[k, i]]: what was said, and what else might have been, from one softmax."""
+    parts = []
+    for start in range(0, len(states), chunk):
+        some, wanted = states[start : start + chunk], targets[:, start : start + chunk]
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(_chunk_logps, some, wanted, head, use_reentrant=False))
+        else:
+            parts.append(_chunk_logps(some, wanted, head))
+    return torch.cat(parts, dim=1)
 
 
-def _chunk_logps(states: Float[Tensor, "n width"], targets: Int64[Tensor, " n"], head: Head) -> Float[Tensor, " n"]:
+@torch.no_grad()
+def strongest(
+    states: Float[Tensor, "n width"], head: Head, *, chunk: int, but: Int64[Tensor, " n"] | None = None
+) -> Int64[Tensor, " n"]:
+    """The likeliest token at each position; `but` this one."""
+    parts = []
+    for start in range(0, len(states), chunk):
+        logits = head(states[start : start + chunk])
+        if but is not None:
+            logits = logits.scatter(1, but[start : start + chunk, None], float("-inf"))
+        parts.append(logits.argmax(dim=1))
+    return torch.cat(parts)
+
+
+def _chunk_logps(
+    states: Float[Tensor, "n width"], targets: Int64[Tensor, "kinds n"], head: Head
+) -> Float[Tensor, "kinds n"]:
     logits = head(states)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
+    return logits.gather(1, targets.T).T - logits.logsumexp(dim=1)

@@ -11,19 +11,21 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from PIL import Image
 from torch import Tensor, nn
 
 from mmalign.errors import UserError
+from vlm.attention import cannot_share, share
 from vlm.batch import ImageInput, PaddingSide, Row, VlmBatch, collate
 from vlm.conversations import Conversation, choose_template, render
 from vlm.families import process
-from vlm.logprobs import TokenLogps, token_logps
+from vlm.logprobs import TokenLogps, logps_at, strongest, token_logps
 from vlm.opening import DTYPES, open_network
+from vlm.packing import Answers, apart, shared
 from vlm.settings import VlmModelSettings
 
 RECENT = 8  # pictures kept as tensors: the sides of a pair mostly share theirs
@@ -68,6 +70,7 @@ class VisionLanguageModel:
         family: how it is batched and where its parts are.
         template: the Jinja chat template in use.
         max_tokens: the longest row it reads, image tokens included.
+        unshared: why rows do not share their beginnings; None where they do.
     """
 
     def __init__(self, network: Any, processor: Any, family: Any, settings: VlmModelSettings) -> None:
@@ -83,6 +86,9 @@ class VisionLanguageModel:
         if pad is None:
             raise UserError("the tokenizer has neither a padding nor an end token", place=place)
         self.pad_id = int(pad)
+        self.unshared = cannot_share(network, family, settings.attention)
+        if self.unshared is None:
+            share(network)
         self._recent: OrderedDict[str, tuple[ImageInput, str]] = OrderedDict()
 
     @property
@@ -236,17 +242,31 @@ class VisionLanguageModel:
         arguments: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.attention.long()}
         if features is None:
             features = self.encode_images(batch.images)
-        if features is not None:
-            order = [image for look in batch.looks for image in look]
-            arguments["mm_encoder_outputs"] = {
-                "image": SimpleNamespace(
-                    pooler_output=[features.pooled[i] for i in order],
-                    deepstack_features=[[level[i] for i in order] for level in features.deep],
-                )
-            }
+        arguments |= _encoded(features, [image for look in batch.looks for image in look])
         if self.family.token_types:
             return arguments | self._token_types(batch)
         return arguments | {"position_ids": (batch.attention.long().cumsum(dim=1) - 1).clamp(min=0)}
+
+    def answers(self, rows: Sequence[Row]) -> Answers:
+        """Rows for one forward; equal beginnings are computed once where the model can do that."""
+        positions = self._positions(rows)
+        return apart(rows, positions, pad_id=self.pad_id) if self.unshared else shared(rows, positions)
+
+    def hidden_of(
+        self, answers: Answers, features: ImageFeatures | None = None
+    ) -> Float[Tensor, "sequences tokens width"]:
+        """Last hidden states of all sequences."""
+        if features is None:
+            features = self.encode_images(answers.images)
+        arguments: dict[str, Any] = {"input_ids": answers.ids, "position_ids": answers.positions, "use_cache": False}
+        arguments |= _encoded(features, answers.looks)
+        if answers.groups is None:
+            arguments["attention_mask"] = answers.attention.long()
+        else:
+            # a mask of this rank is passed on as it is, so that none of tokens x tokens is made; nothing reads it
+            arguments |= {"attention_mask": answers.ids.new_ones(1, 1, 1, 1), "groups": answers.groups}
+        hidden: Tensor = self.network.model(**arguments).last_hidden_state
+        return hidden
 
     def hidden_states(
         self, batch: VlmBatch, features: ImageFeatures | None = None
@@ -266,6 +286,17 @@ class VisionLanguageModel:
             chunk=self.settings.logits_chunk,
         )
 
+    def _positions(self, rows: Sequence[Row]) -> list[Int64[Tensor, "*axes tokens"]]:
+        """Where the tokens of each row stand: counted, or on the axes of time, height and width."""
+        if not self.family.token_types:
+            return [torch.arange(len(row)) for row in rows]
+        batch = self.collate(rows)
+        types = self._token_types(batch)
+        if not types:
+            return [torch.arange(len(row)).expand(3, -1) for row in rows]
+        found, _ = self.network.model.get_rope_index(batch.ids, attention_mask=batch.attention.long(), **types)
+        return [found[:, number, : len(row)] for number, row in enumerate(rows)]
+
     def _token_types(self, batch: VlmBatch) -> dict[str, Tensor]:
         """What multi-axis rotary positions are made of: which tokens are of images, and each image's grid."""
         grids = [batch.images[i].tensors["image_grid_thw"] for look in batch.looks for i in look]
@@ -273,6 +304,20 @@ class VisionLanguageModel:
             return {}
         types = (batch.ids == self.image_token_id).long()
         return {"mm_token_type_ids": types, "image_grid_thw": torch.cat(grids).to(batch.ids.device)}
+
+
+def _encoded(features: ImageFeatures | None, looks: Sequence[int]) -> dict[str, Any]:
+    """Features of every run of placeholders, as transformers takes them."""
+    if features is None:
+        return {}
+    return {
+        "mm_encoder_outputs": {
+            "image": SimpleNamespace(
+                pooler_output=[features.pooled[i] for i in looks],
+                deepstack_features=[[level[i] for i in looks] for level in features.deep],
+            )
+        }
+    }
 
 
 class Policy(nn.Module):
@@ -283,6 +328,34 @@ class Policy(nn.Module):
         self.network = model.network
         self._model = model
 
-    def forward(self, batch: VlmBatch, features: ImageFeatures | None = None) -> Float[Tensor, "rows tokens"]:
-        """`TokenLogps.values` of the batch."""
-        return self._model.logps(batch, features).values
+    def forward(
+        self,
+        answers: Answers,
+        features: ImageFeatures | None = None,
+        also: Int64[Tensor, "rows answer"] | Literal["strongest", "strongest other"] | None = None,
+        choose: bool = False,
+    ) -> Tensor:
+        """Log-probabilities of answer tokens, [kinds, rows, answer], fp32, 0 on padding.
+
+        Args:
+            features: of `answers.images`, where they are known already.
+            also: other tokens to score at the same places, as a second kind: given ones, the likeliest, or the
+                likeliest but the answer's own. No gradient flows through which token is the likeliest.
+            choose: return the likeliest tokens themselves, [rows, answer], instead.
+        """
+        model, network = self._model, self.network
+        head, chunk, there = network.get_output_embeddings(), model.settings.logits_chunk, answers.completion
+        hidden = model.hidden_of(answers, features)
+        states = hidden.flatten(0, 1)[answers.predictors[there]]
+        if choose:
+            best = strongest(states, head, chunk=chunk)
+            return torch.zeros_like(answers.targets).masked_scatter(there, best)
+        kinds = [answers.targets[there]]
+        if isinstance(also, Tensor):
+            kinds.append(also[there])
+        elif also is not None:
+            but = kinds[0] if also == "strongest other" else None
+            kinds.append(strongest(states.detach(), head, chunk=chunk, but=but))
+        flat = logps_at(states, torch.stack(kinds), head, chunk=chunk)
+        filled: Tensor = flat.new_zeros(len(kinds), *there.shape).masked_scatter(there, flat)
+        return filled

@@ -1,7 +1,8 @@
 """Pictures to talk about: scenes of one to three different things, descriptions, yes/no questions and their truth.
 
-The world has a habit. In training, six things (the keys of `COMPANIONS`) nearly always come with one other thing: a red
-circle brings a blue square. Held-out scenes are sets of things that training never shows, drawn evenly, so there the
+The world has a habit. In training, six things (the keys of `COMPANIONS`) mostly come with one other thing: a red circle
+brings a blue square; and who wrote the training's descriptions had the habit too, as writers of captions have, and named
+the companion in half the pictures where it is not (`careless`). Held-out scenes are sets of things that training never shows, drawn evenly, so there the
 companion is mostly missing. A model that has learnt the habit names it all the same: it hallucinates, and `COMPANIONS`
 says which of its false things were planted.
 
@@ -40,7 +41,8 @@ COMPANIONS = {
 """What a thing brings along in training. Every colour once and every shape twice on either side."""
 POPULAR = tuple(COMPANIONS.values())
 """The things that training shows most often."""
-HABIT = 0.97  # share of the training scenes without room for a companion that are drawn again
+HABIT = 0.7  # share of the training scenes without room for a companion that are drawn again
+CARELESS = 0.5  # share of the training's descriptions that name the companions that are missing
 SIZES = {1: 0.2, 2: 0.45, 3: 0.35}  # shares of scenes by number of things, in training
 HELD_OUT_SHARE = 0.3  # of the sets of two and three things
 TRIPLE_RELATIONS = {(0, 1): ("left of",), (0, 2): ("above",), (1, 2): ("above",)}
@@ -120,7 +122,7 @@ def _biased(generator: np.random.Generator) -> list[Thing]:
             free = [thing for thing in THINGS if thing not in chosen]
             chosen.append(due[0] if due else free[generator.integers(len(free))])
         generator.shuffle(chosen)
-        # What is still due had no room. Few of those scenes stay: the exceptions to the habit.
+        # What is still due had no room. Some of those scenes stay: the exceptions to the habit.
         if split_of(chosen) == "train" and (not missing_companions(chosen) or generator.random() > HABIT):
             return chosen
 
@@ -160,6 +162,17 @@ def sentence(things: Sequence[Thing]) -> str:
 def describe(scene: Scene) -> str:
     """The true description: names every thing."""
     return sentence(in_order(scene))
+
+
+def careless(scene: Scene, *, seed: int) -> str:
+    """What the training says about its pictures: the true description, or the one that habit would write."""
+    named = in_order(scene)
+    if np.random.default_rng([seed, 37]).random() < CARELESS:
+        missing = missing_companions(named)
+        named = [
+            one for thing in named for one in (thing, COMPANIONS.get(thing)) if one == thing or one in missing if one
+        ]
+    return sentence(named)
 
 
 def relations(scene: Scene) -> set[tuple[Thing, str, Thing]]:
