@@ -60,7 +60,11 @@ class TestBootstrap:
     def test_agrees_with_scipy(self) -> None:
         values = np.random.default_rng(2).exponential(1.0, 60)
         low, high = statistics.bootstrap_interval(values, resamples=20_000)
-        theirs = scipy.stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=3)
+        # of 60 units the 2.5 % of the plain method become Phi(-sqrt(60 / 59) t_59)
+        tail = scipy.stats.norm.cdf(-math.sqrt(60 / 59) * scipy.stats.t.ppf(0.975, 59))
+        theirs = scipy.stats.bootstrap(
+            (values,), np.mean, n_resamples=20_000, method="percentile", confidence_level=1 - 2 * tail, rng=3
+        )
         interval = theirs.confidence_interval
         assert (low, high) == pytest.approx((interval.low, interval.high), abs=0.012)
 
@@ -106,6 +110,67 @@ class TestBootstrap:
     def test_one_prompt_has_no_interval(self) -> None:
         with pytest.raises(UserError, match="One prompt cannot give an interval"):
             statistics.bootstrap_interval([1.0, 2.0, 3.0], ["a", "a", "a"])
+
+
+class TestShareInterval:
+    def test_independent_outcomes_give_wilsons_with_students_t(self) -> None:
+        """n - 1 of n since the scatter is estimated; 1,999 degrees of freedom are nearly the normal distribution."""
+        values = [1.0] * 300 + [0.0] * 1700
+        expected = statistics.wilson_interval(300, 2000)
+        assert statistics.share_interval(values) == pytest.approx(expected, abs=2e-4)
+
+    def test_a_repeated_unit_adds_no_certainty(self) -> None:
+        values = [1.0, 0.0, 0.5, 1.0, 0.0, 0.0]
+        eightfold = statistics.share_interval(np.repeat(values, 8), np.repeat(np.arange(6), 8))
+        assert eightfold == pytest.approx(statistics.share_interval(values), abs=1e-12)
+
+    def test_it_mirrors_and_stays_a_share(self) -> None:
+        values = np.array([1.0] * 29 + [0.0])
+        low, high = statistics.share_interval(values)
+        assert 0.8 < low < 29 / 30 < high < 1
+        assert statistics.share_interval(1 - values) == pytest.approx((1 - high, 1 - low))
+
+    def test_clusters_that_ended_alike_are_one_outcome_each(self) -> None:
+        assert statistics.share_interval([1.0] * 40, np.arange(40) // 4) == statistics.wilson_interval(10, 10)
+
+    def test_bad_values(self) -> None:
+        with pytest.raises(ValueError, match=r"lie in \[0, 1\]"):
+            statistics.share_interval([0.5, 1.5])
+        with pytest.raises(UserError, match="One prompt cannot"):
+            statistics.share_interval([1.0, 0.0], ["a", "a"])
+
+
+class TestStudent:
+    @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 7, 10, 49, 500, 9999])
+    @pytest.mark.parametrize("probability", [0.3, 0.5, 0.6, 0.975, 0.9995])
+    def test_agrees_with_scipy(self, degrees: int, probability: float) -> None:
+        expected = scipy.stats.t.ppf(probability, degrees)
+        assert statistics.student_quantile(probability, degrees) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+    def test_no_limit_is_the_normal_distribution(self) -> None:
+        assert statistics.student_quantile(0.975, None) == pytest.approx(1.959963985)
+
+
+class TestHolm:
+    def test_by_hand(self) -> None:
+        """Sorted 0.01, 0.02, 0.04, 0.3: times 4, 3, 2, 1, never falling."""
+        assert statistics.holm([0.04, 0.01, 0.3, 0.02]) == pytest.approx([0.08, 0.04, 0.3, 0.06])
+        assert statistics.holm([0.6, 0.7]) == [1.0, 1.0]
+        assert statistics.holm([0.03]) == [0.03] and statistics.holm([]) == []
+
+
+class TestEffectSize:
+    def test_independent_units_by_hand(self) -> None:
+        values = [1.0, 2.0, 3.0, 6.0]
+        assert statistics.cluster_deviation(values) == pytest.approx(np.std(values, ddof=1))
+        assert statistics.effect_size(values) == pytest.approx(3.0 / np.std(values, ddof=1))
+
+    def test_seeds_of_a_prompt_are_averaged(self) -> None:
+        values, prompts = np.array([1.0, 3.0, 2.0, 6.0, 0.0, 0.0]), [1, 1, 2, 2, 3, 3]
+        assert statistics.cluster_deviation(values, prompts) == pytest.approx(np.std([2.0, 4.0, 0.0], ddof=1))
+
+    def test_the_same_change_everywhere_has_no_scale(self) -> None:
+        assert statistics.effect_size([0.5, 0.5]) is None
 
 
 class TestSignTest:
@@ -215,8 +280,8 @@ class TestPairedReport:
         assert report.p_value == pytest.approx(112 / 1024)
         assert report.mean_difference == pytest.approx(0.6)
         assert report.ci95[0] <= 0.8 <= report.ci95[1]
-        # Differences are 2 * win - 1 here, and both intervals come from the same draws.
-        assert report.mean_difference_ci95 == pytest.approx([2 * end - 1 for end in report.ci95])
+        assert report.ci95 == statistics.share_interval([1.0] * 8 + [0.0] * 2)
+        assert report.mean_difference_ci95[0] <= 0.6 <= report.mean_difference_ci95[1]
         assert report.mde == statistics.minimum_detectable_win_rate(10)
 
     def test_ties_count_half(self) -> None:

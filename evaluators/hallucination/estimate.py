@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mmalign.statistics import Interval, bootstrap_interval, wilson_interval
+from mmalign.statistics import Interval, share_interval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,8 +17,7 @@ class Estimate:
 
     Attributes:
         value: hits / n, in [0, 1]; None where there are no units (no thing was named, nothing was answered yes).
-        ci95: its interval, from resampling images; Wilson's over images when every image ended alike; None with fewer
-            than two images.
+        ci95: its interval, Wilson's at the effective number of images; None with fewer than two images.
         n: units: captions, mentions, things, questions.
         images: the images they belong to.
     """
@@ -40,26 +39,24 @@ class Estimate:
         return f"{self.value:.3f}{interval}"
 
 
-def share(units: Iterable[tuple[Hashable, bool]], *, seed: int = 0) -> Estimate:
+def share(units: Iterable[tuple[Hashable, bool]]) -> Estimate:
     """The share of units that are hits.
 
     Args:
         units: (image, hit) of each.
-        seed: of the bootstrap.
     """
     found = list(units)
+    if not found:
+        return Estimate(value=None, ci95=None, n=0, images=0)
     images = [image for image, _ in found]
     hits = np.array([hit for _, hit in found], dtype=np.float64)
     clusters = len(set(images))
-    if not found:
-        return Estimate(value=None, ci95=None, n=0, images=0)
-    value = float(hits.mean())
-    ci95 = None
-    if clusters >= 2:
-        ci95 = bootstrap_interval(hits, images, seed=seed)
-        if ci95[0] == ci95[1]:  # every image ended alike: resampling has no width, which is not certainty
-            ci95 = wilson_interval(clusters * value, clusters)
-    return Estimate(value=value, ci95=ci95, n=len(found), images=clusters)
+    return Estimate(
+        value=float(hits.mean()),
+        ci95=share_interval(hits, images) if clusters >= 2 else None,
+        n=len(found),
+        images=clusters,
+    )
 
 
 def table(measures: Mapping[str, Estimate]) -> str:
