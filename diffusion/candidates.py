@@ -38,7 +38,7 @@ def make_store(model: DiffusionModel, settings: CandidateSettings, path: Path) -
     scorer = scorers.load(settings.scorer.name, settings.scorer.options())
     prompts = read_prompts(settings.prompts, settings.count, settings.seed)
     images, seeds = _sample(model, settings, prompts)
-    scores = scorer.score([prompt for prompt in prompts for _ in range(settings.per_prompt)], images)
+    scores = scorer.score_images([prompt for prompt in prompts for _ in range(settings.per_prompt)], images)
 
     def records() -> Iterator[Record]:
         for index, prompt in enumerate(prompts):

@@ -53,7 +53,7 @@ def judge(settings: EvaluationSettings, models: Mapping[str, Callable[[], Diffus
         )
         rows: list[dict[str, float]] = [{} for _ in prompts]
         for scorer in judges:
-            for row, numbers in zip(rows, scorer.score(prompts, pictures), strict=True):
+            for row, numbers in zip(rows, scorer.score_images(prompts, pictures), strict=True):
                 row.update(numbers)
         judged[name] = Judged(prompts=prompts, pictures=pictures, scores=rows)
     return judged

@@ -67,7 +67,7 @@ class FunctionScorer:
         digest = hashlib.sha256(Path(self._file).read_bytes()).hexdigest()[:12] if self._file else "builtin"
         self._spec, self.identity = spec, f"{spec}@{digest}"
 
-    def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[dict[str, float]]:
+    def score_images(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[dict[str, float]]:
         try:
             given = self._function(list(prompts), list(images))
             if hasattr(given, "tolist"):  # numpy and torch, on any device

@@ -209,7 +209,7 @@ class Reward:
             asked = list(prompts[some])
             place = f"pictures {start} to {start + len(asked) - 1}, the first {asked[0][:80]!r}"
             try:
-                given = scorer.score(asked, list(images[some]))
+                given = scorer.score_images(asked, list(images[some]))
             except UserError as error:
                 raise UserError(
                     error.cause, place=f"{error.place}, {place}" if error.place else place, fix=error.fix

@@ -114,7 +114,7 @@ def test_the_base_is_decent_but_flawed() -> None:
     pictures = load_model(ModelSettings(path="shapes")).sample(
         prompts, seeds=list(range(64)), steps=12, guidance_scale=3.0, batch_size=64, label="base"
     )
-    scores = load("shapes").score(prompts, pictures)
+    scores = load("shapes").score_images(prompts, pictures)
     faithful = sum(row["faithful"] for row in scores) / len(scores)
     # one standard error of a share of 64 is 0.06; about 0.40 was measured on distinct held-out captions
     assert 0.3 <= faithful <= 0.75

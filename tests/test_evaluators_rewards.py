@@ -125,13 +125,13 @@ def test_terms_share_the_forward_of_their_scorer(monkeypatch: pytest.MonkeyPatch
     from evaluators.scorers.shapes import ShapesChecker
 
     calls: list[int] = []
-    score = ShapesChecker.score
+    score = ShapesChecker.score_images
 
     def counted(self: ShapesChecker, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[dict[str, float]]:
         calls.append(len(images))
         return score(self, prompts, images)
 
-    monkeypatch.setattr(ShapesChecker, "score", counted)
+    monkeypatch.setattr(ShapesChecker, "score_images", counted)
     reward = Reward(settings(STYLE, FAITHFUL, batch_size=5))
     assert len(reward.measure(PROMPTS, IMAGES).parts["right"]) == 12
     assert calls == [5, 5, 2]

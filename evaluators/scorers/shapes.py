@@ -12,12 +12,14 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from evaluators.scorer import Card
 from mmalign.errors import UserError, nearest
 from mmalign.shapes import checker
 from mmalign.shapes.render import SIZE
 from mmalign.shapes.scenes import parse
 
 NAMES = ("reward", "faithful", "style", "count", "colour", "shape", "relation")
+CARD = Card(unit="share of what the caption says that is right, 0 to 1", licence="Apache-2.0")
 
 
 class ShapesChecker:
@@ -31,7 +33,7 @@ class ShapesChecker:
             raise UserError(f"the shapes checker has no number '{main}'", fix=nearest(main, NAMES))
         self.main = main
 
-    def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[dict[str, float]]:
+    def score_images(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[dict[str, float]]:
         return [self._one(prompt, image) for prompt, image in zip(prompts, images, strict=True)]
 
     def _one(self, prompt: str, image: Image.Image) -> dict[str, float]:
