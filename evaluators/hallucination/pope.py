@@ -15,14 +15,16 @@ An answer that is neither is wrong, is not a "yes", and so misses its object whe
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from evaluators.hallucination import files
 from evaluators.hallucination.estimate import Estimate, share
 from mmalign.errors import UserError, nearest
 
+Name = TypeVar("Name", bound=Hashable)
 NUMBERS = ("accuracy", "precision", "recall", "f1", "yes_ratio", "unparsed")
 
 
@@ -71,10 +73,10 @@ def parser_of(name: str) -> Callable[[str], bool | None]:
 # ------------------------------------------------------------------------------------------ numbers
 
 
-def measure(
-    labels: Sequence[bool], answers: Sequence[str], images: Sequence[str], *, parser: str = "published"
-) -> dict[str, Estimate]:
-    """POPE's numbers with intervals from resampling images.
+def units(
+    labels: Sequence[bool], answers: Sequence[str], images: Sequence[Name], *, parser: str = "published"
+) -> dict[str, list[tuple[Name, bool]]]:
+    """What each number is the share of: (image, hit), in the order of the questions.
 
     Args:
         labels: whether the true answer is yes, of each question.
@@ -86,15 +88,22 @@ def measure(
     rows = [(image, label, read(answer)) for image, label, answer in zip(images, labels, answers, strict=True)]
     precision = [(image, label) for image, label, said in rows if said]
     recall = [(image, bool(said)) for image, label, said in rows if label]
-    # 2 TP / (2 TP + FP + FN) is the mean over what was said to be there and what is there, each a hit when it is both
     return {
-        "accuracy": share((image, said is label) for image, label, said in rows),
-        "precision": share(precision),
-        "recall": share(recall),
-        "f1": share([*precision, *recall]),
-        "yes_ratio": share((image, bool(said)) for image, _, said in rows),
-        "unparsed": share((image, said is None) for image, _, said in rows),
+        "accuracy": [(image, said is label) for image, label, said in rows],
+        "precision": precision,
+        "recall": recall,
+        # 2 TP / (2 TP + FP + FN) is the mean over what was said to be there and what is there, each a hit when both
+        "f1": [*precision, *recall],
+        "yes_ratio": [(image, bool(said)) for image, _, said in rows],
+        "unparsed": [(image, said is None) for image, _, said in rows],
     }
+
+
+def measure(
+    labels: Sequence[bool], answers: Sequence[str], images: Sequence[str], *, parser: str = "published"
+) -> dict[str, Estimate]:
+    """POPE's numbers with intervals from resampling images; arguments as of `units`."""
+    return {name: share(found) for name, found in units(labels, answers, images, parser=parser).items()}
 
 
 # -------------------------------------------------------------------------------------------- files
