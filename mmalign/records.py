@@ -18,6 +18,8 @@ from mmalign.media import Media
 
 Label: TypeAlias = Literal["a", "b", "tie"]
 LABELS: tuple[Label, ...] = ("a", "b", "tie")
+PLACEHOLDER = "<image>"
+"""Where an image stands in the text of a record; a prompt without any has its images first."""
 _SWAPPED: dict[Label, Label] = {"a": "b", "b": "a", "tie": "tie"}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -139,12 +140,15 @@ def require_safe(root: Path, relative: str, field: str) -> None:
 
 
 def image_of(root: Path, value: Any, field: str, name: str) -> Media:
-    """An image from a path below `root` or from the {bytes, path} struct of the `datasets` library."""
-    if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
-        return Media(data=value["bytes"], place=f"{name} {field}")
+    """An image from its bytes, a path below `root`, or the {bytes, path} struct of the `datasets` library."""
+    data = value.get("bytes") if isinstance(value, Mapping) else value
+    if isinstance(data, bytes):
+        return Media(data=data, place=f"{name} {field}")
     path = value.get("path") if isinstance(value, Mapping) else value
     if not isinstance(path, str):
         raise Fault(field, "the path or the bytes of an image", shown(value))
+    if re.match(r"[a-z]+://", path, re.IGNORECASE):
+        raise Fault(field, "a file inside the data folder", f"the address '{path}', and nothing is fetched")
     require_safe(root, path, field)
     return Media(path=path, root=str(root), place=name if path == name else f"{name} {field}")
 
@@ -153,5 +157,6 @@ def images_of(root: Path, value: Any, field: str, name: str) -> tuple[Media, ...
     """A list of images, or one (a lone string is one path, never a list of characters)."""
     if value is None:
         return ()
-    items = value if isinstance(value, list) else [value]
-    return tuple(image_of(root, item, f"{field}[{i}]", name) for i, item in enumerate(items))
+    if not isinstance(value, list):
+        return (image_of(root, value, field, name),)
+    return tuple(image_of(root, item, f"{field}[{i}]", name) for i, item in enumerate(value))

@@ -243,7 +243,12 @@ def test_trl_strings_conversations_and_images_on_either_side(tmp_path: Path) -> 
     parts = turn("user", [{"type": "image"}, {"type": "text", "text": "What is it?"}])
     rows = [
         {"prompt": "What is it?", "chosen": "A cat.", "rejected": "A dog.", "images": ["cat.png"]},
-        {"prompt": [parts], "chosen": [turn("assistant", "A cat.")], "rejected": [turn("assistant", "No.")]},
+        {
+            "prompt": [parts],
+            "chosen": [turn("assistant", "A cat.")],
+            "rejected": [turn("assistant", "No.")],
+            "images": ["cat.png"],
+        },
         {
             "chosen": [system, question, turn("assistant", "A cat.")],
             "rejected": [system, question, turn("assistant", "A dog.")],

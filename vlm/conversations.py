@@ -17,10 +17,7 @@ from PIL import Image
 
 from mmalign.errors import UserError
 from mmalign.media import Media
-from mmalign.records import Preference, Side
-
-PLACEHOLDER = "<image>"
-"""Where an image stands in the text of a record; a prompt without any has its images first."""
+from mmalign.records import PLACEHOLDER, Preference, Side
 
 _AROUND = re.compile(rf"\n?{PLACEHOLDER}\n?")  # the template puts its own line breaks around images
 _ROLES = ("system", "user", "assistant")
