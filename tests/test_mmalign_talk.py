@@ -227,3 +227,18 @@ def test_half_of_what_training_says_adds_what_is_missing_and_nothing_else() -> N
     alone = Scene((thing,), None)
     texts = {talk.careless(alone, seed=seed) for seed in range(20)}
     assert texts == {talk.describe(alone), talk.sentence([thing, COMPANIONS[thing]])}
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ("There is a Red Circle, and a small blue square.", ["Red Circle", "blue square"]),
+        ("red and blue circles", ["red", "blue circles"]),
+        ("the circle that is green; no red square", ["circle that is green"]),
+        ("red red square", ["red", "red square"]),
+        ("", []),
+    ],
+)
+def test_mentions_know_where_they_are(answer: str, words: list[str]) -> None:
+    assert [answer[one.start : one.end] for one in talk.located(answer)] == words
+    assert [one.thing for one in talk.located(answer)] == talk.mentions(answer)

@@ -1,10 +1,10 @@
 """Pictures to talk about: scenes of one to three different things, descriptions, yes/no questions and their truth.
 
 The world has a habit. In training, six things (the keys of `COMPANIONS`) mostly come with one other thing: a red circle
-brings a blue square; and who wrote the training's descriptions had the habit too, as writers of captions have, and named
-the companion in half the pictures where it is not (`careless`). Held-out scenes are sets of things that training never shows, drawn evenly, so there the
-companion is mostly missing. A model that has learnt the habit names it all the same: it hallucinates, and `COMPANIONS`
-says which of its false things were planted.
+brings a blue square; and who wrote the descriptions of training had the habit too, as writers of captions do, and named
+the companion in half the pictures where it is not (`careless`). Held-out scenes are sets of things that training never
+shows, drawn evenly, so there the companion is mostly missing. A model that has learnt the habit names it all the same:
+it hallucinates, and `COMPANIONS` says which of its false things were planted.
 
 Scenes are those of `scenes`, drawn by `render`: two things stand in a relation, three at fixed places (upper left,
 upper right, below), so `Scene.things` in its order is the ground truth of every answer. Pictures of unknown origin are
@@ -17,6 +17,7 @@ import hashlib
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from string import ascii_lowercase, ascii_uppercase
 from typing import Literal, get_args
 
 import numpy as np
@@ -169,9 +170,7 @@ def careless(scene: Scene, *, seed: int) -> str:
     named = in_order(scene)
     if np.random.default_rng([seed, 37]).random() < CARELESS:
         missing = missing_companions(named)
-        named = [
-            one for thing in named for one in (thing, COMPANIONS.get(thing)) if one == thing or one in missing if one
-        ]
+        named = [one for thing in named for one in (thing, *(c for c in missing if COMPANIONS.get(thing) == c))]
     return sentence(named)
 
 
@@ -263,21 +262,37 @@ _LINKS = {"that", "which", "is", "are"}
 _DENIALS = {"no", "not", "without", "neither", "nor", "never", "nothing"}
 _ENDS = {".", ";", ":", "!", "?", "\n", "but"}
 _REACH = 10_000  # characters of an answer that are read
+_PLAIN = str.maketrans(ascii_uppercase + "\u2019", ascii_lowercase + "'")  # a character for a character
 
 
-def mentions(answer: str) -> list[Thing]:
-    """The things a free answer says are there, in order and with repetition.
+@dataclass(frozen=True, slots=True)
+class Mention:
+    """A thing that an answer says is there, and where it says so.
+
+    Attributes:
+        start, end: of its words in the answer: "red" and "blue circles" of "red and blue circles".
+    """
+
+    thing: Thing
+    start: int
+    end: int
+
+
+def located(answer: str) -> list[Mention]:
+    """The things a free answer says are there, in order and with repetition, and where.
 
     Reads "a red circle", "two red circles", "red and blue circles", "the circle is red" and "a circle that is red",
     whatever the case and whatever stands between. A colour or a shape alone names no thing, and neither does what is
     denied in the same clause ("no red circle", "there isn't a red circle"). Only the first 10,000 characters are read.
     """
-    found: list[Thing] = []
-    colours: list[str] = []  # said and not yet given a shape
-    bare: str | None = None  # a shape without a colour, which may follow: "the circle is red"
+    found: list[Mention] = []
+    colours: list[re.Match[str]] = []  # said and not yet given a shape
+    bare: re.Match[str] | None = None  # a shape without a colour, which may follow: "the circle is red"
     denied = False
-    words = _WORD.findall(answer[:_REACH].lower().replace("\u2019", "'"))
-    for before, word, after in zip(["", *words], words, [*words[1:], ""], strict=False):
+    matches = list(_WORD.finditer(answer[:_REACH].translate(_PLAIN)))
+    words = [match[0] for match in matches]
+    for before, match, after in zip(["", *words], matches, [*words[1:], ""], strict=False):
+        word = match[0]
         if word in _ENDS:
             colours, bare, denied = [], None, False
         elif word in _DENIALS or word.endswith("n't"):
@@ -285,14 +300,18 @@ def mentions(answer: str) -> list[Thing]:
         elif word in COLOURS:
             if bare and before in _LINKS and after not in _SHAPE_OF:
                 if not denied:
-                    found.append(Thing(word, bare))
+                    found.append(Mention(Thing(word, _SHAPE_OF[bare[0]]), bare.start(), match.end()))
                 bare = None
             else:
-                colours.append(word)
+                colours.append(match)
         elif word in _SHAPE_OF:
             if not denied:
-                found += [Thing(colour, _SHAPE_OF[word]) for colour in colours]
-            bare = None if colours else _SHAPE_OF[word]
+                ends = [colour.end() for colour in colours[:-1]] + [match.end()]
+                found += [
+                    Mention(Thing(colour[0], _SHAPE_OF[word]), colour.start(), end)
+                    for colour, end in zip(colours, ends, strict=False)
+                ]
+            bare = None if colours else match
             colours = []
         elif word == "there":  # a new statement
             colours, bare, denied = [], None, False
@@ -301,6 +320,11 @@ def mentions(answer: str) -> list[Thing]:
         elif word not in _FILLERS and word not in _JOINERS:
             colours, bare = [], None
     return found
+
+
+def mentions(answer: str) -> list[Thing]:
+    """The things a free answer says are there, in order and with repetition; see `located`."""
+    return [mention.thing for mention in located(answer)]
 
 
 def named(answer: str) -> set[Thing]:
