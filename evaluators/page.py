@@ -50,7 +50,6 @@ def render(report: Report, curves: Mapping[str, Curves], watches: Mapping[str, S
     pair = report.paired[report.aligned]
     found = "good" if pair.ci95[0] > 0.5 else "worse" if pair.ci95[1] < 0.5 else "none"
     first, *rest = sentences(report)
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     body = [
         f"<header><h1>{escape(report.title)}</h1>",
         f'<div class="lead {found}"><p><strong>{escape(first)}</strong></p>'
@@ -66,12 +65,18 @@ def render(report: Report, curves: Mapping[str, Curves], watches: Mapping[str, S
         _notes(report.notes),
         _again(report),
     ]
+    return document(report.title, body)
+
+
+def document(title: str, body: Sequence[str]) -> str:
+    """A whole page: head, style and the parts of the body that are not empty."""
+    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>{escape(report.title)}</title>\n<style>\n{style}</style></head>\n<body><main>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style></head>\n<body><main>\n"
         + "\n".join(part for part in body if part)
         + "\n</main></body></html>\n"
     )
@@ -110,7 +115,7 @@ def _row(report: Report, index: int) -> str:
     cells = []
     for arm in report.arms.values():
         below = f"{escape(arm.captions[index])}" if arm.captions else ""
-        shown = _picture(arm.images[index], f"{arm.label}: {report.shown[index]}")
+        shown = picture(arm.images[index], f"{arm.label}: {report.shown[index]}")
         cells.append(f"<figure>{shown}<figcaption><b>{escape(arm.label)}</b>{below}</figcaption></figure>")
     return (
         f'<figure class="row"><figcaption dir="auto">{escape(report.shown[index])}</figcaption>'
@@ -118,7 +123,12 @@ def _row(report: Report, index: int) -> str:
     )
 
 
-def _picture(image: Image.Image, told: str) -> str:
+def picture(image: Image.Image, told: str) -> str:
+    """A picture inside the page, reduced to LARGEST.
+
+    Args:
+        told: what it shows, for those who do not see it.
+    """
     plain = image.convert("RGB")  # a new picture: metadata of the old one stays behind
     plain.info.clear()
     plain.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
@@ -220,7 +230,8 @@ def _style(report: Report, name: str) -> str:
     return f"arm-{2 + others.index(name) % 2}"
 
 
-def _figure(title: str, chart: str, below: str = "") -> str:
+def figure(title: str, chart: str, below: str = "") -> str:
+    """A chart with its title, and a caption where there is one."""
     caption = f"<figcaption>{escape(below)}</figcaption>" if below else ""
     return f"<figure><h3>{escape(title)}</h3>{chart}{caption}</figure>"
 
@@ -239,7 +250,7 @@ def _differences(report: Report) -> str:
     ]
     mde = report.paired[report.aligned].mde
     figures = [
-        _figure(
+        figure(
             "Win rate by what was taught",
             charts.forest(rows, blind=mde, name="win rates against the base"),
             f"Dot and 95 % interval. In the grey band ({points(mde)} around 50 %) an effect is too small "
@@ -254,7 +265,7 @@ def _differences(report: Report) -> str:
             across = f"{report.preference}: change from the base"
             chart = charts.histogram(moved, name=arm.label, across=across[:60], style=_style(report, name))
             figures.append(
-                _figure(
+                figure(
                     f"{arm.label}: changes",
                     chart,
                     "Number of pictures by how they changed. Right of the dashed line is better.",
@@ -271,7 +282,7 @@ def _curves(report: Report, curves: Mapping[str, Curves]) -> str:
             if key in logged:
                 told = f"{arm.label}: {title}"
                 chart = charts.lines(logged[key], name=told, zero=zero, style=_style(report, name))
-                figures.append(_figure(told, chart))
+                figures.append(figure(told, chart))
     if not figures:
         return ""
     return (
@@ -313,7 +324,7 @@ def _watched(arm: str, history: Sequence[Look], mark: int | None) -> list[str]:
         for index, other in enumerate(others)
     ]
     figures = [
-        _figure(
+        figure(
             told,
             charts.tracks(series, name=told, zero=0.0, mark=mark),
             "Change of the mean from the base, in deviations of the base over prompts.",
@@ -331,7 +342,7 @@ def _watched(arm: str, history: Sequence[Look], mark: int | None) -> list[str]:
     for title, (values, below) in single.items():
         if values:
             told = f"{arm}: {title}"
-            figures.append(_figure(told, charts.tracks([(title, values, "arm-1")], name=told, mark=mark), below))
+            figures.append(figure(told, charts.tracks([(title, values, "arm-1")], name=told, mark=mark), below))
     return figures
 
 

@@ -35,6 +35,7 @@ VERBS = {
     "train": Verb("mmalign.launch:main", "train a recipe: RECIPE [--accelerate PRESET] [key=value ...]"),
     "sample": Verb("diffusion.sample:main", "draw images from a model, with or without a trained adapter"),
     "accuracy": Verb("diffusion.accuracy:main", "how a tuned model ranks held-out pairs, with an interval"),
+    "compare": Verb("evaluators.compare:main", "two or more score files: win rates, intervals, tests, ranking"),
     "export": Verb("diffusion.export:main", "write weights in another tool's layout and prove that they act"),
     "bench": Verb("diffusion.bench:main", "all methods side by side on the embedded world, at equal budget"),
     "build": Verb("diffusion.build:main", "rebuild the embedded models from their seeds"),
