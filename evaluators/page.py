@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -49,21 +49,23 @@ def render(report: Report, curves: Mapping[str, Curves], watches: Mapping[str, S
     """
     pair = report.paired[report.aligned]
     found = "good" if pair.ci95[0] > 0.5 else "worse" if pair.ci95[1] < 0.5 else "none"
-    first, *rest = sentences(report)
+    facts = {
+        "Method": report.method,
+        "Taught": report.preference,
+        "Held-out prompts": str(report.prompts),
+        "Pictures per model": str(pair.n),
+        "Seed": str(report.seed),
+        "Took": clock(report.seconds),
+    }
     body = [
-        f"<header><h1>{escape(report.title)}</h1>",
-        f'<div class="lead {found}"><p><strong>{escape(first)}</strong></p>'
-        + "".join(f"<p>{escape(sentence)}</p>" for sentence in rest)
-        + "</div>",
-        _facts(report),
-        "</header>",
+        header(report.title, found, sentences(report), facts),
         _grid(report),
         _table(report),
         _differences(report),
-        _curves(report, curves),
+        training((arm.label, _style(report, name), curves.get(name, {})) for name, arm in report.arms.items()),
         _watches(report, watches or {}),
-        _notes(report.notes),
-        _again(report),
+        notes(report.notes),
+        again(report.command, report.versions, report.config),
     ]
     return document(report.title, body)
 
@@ -82,18 +84,19 @@ def document(title: str, body: Sequence[str]) -> str:
     )
 
 
-def _facts(report: Report) -> str:
-    pair = report.paired[report.aligned]
-    facts = {
-        "Method": report.method,
-        "Taught": report.preference,
-        "Held-out prompts": str(report.prompts),
-        "Pictures per model": str(pair.n),
-        "Seed": str(report.seed),
-        "Took": _clock(report.seconds),
-    }
+def header(title: str, found: str, said: Sequence[str], facts: Mapping[str, str]) -> str:
+    """The title, what was found, its first sentence loudest, and facts about the run.
+
+    Args:
+        found: "good", "worse" or "none", which gives it its colour.
+    """
+    first, *rest = said
     items = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
-    return f'<dl class="facts">{items}</dl>'
+    return (
+        f'<header><h1>{escape(title)}</h1>\n<div class="lead {found}"><p><strong>{escape(first)}</strong></p>'
+        + "".join(f"<p>{escape(sentence)}</p>" for sentence in rest)
+        + f'</div>\n<dl class="facts">{items}</dl>\n</header>'
+    )
 
 
 def _grid(report: Report) -> str:
@@ -150,9 +153,9 @@ def _table(report: Report) -> str:
     rows = []
     for name in names:
         words, meaning, share = _NUMBERS.get(name, (name.removesuffix("_mean").replace("_", " "), "", False))
-        form = percent if share else _decimal
-        cells = [_cell(arm.numbers.get(name), arm.intervals.get(name), form) for arm in report.arms.values()]
-        rows.append(_tr(words, meaning, cells))
+        form = percent if share else decimal
+        cells = [cell(arm.numbers.get(name), arm.intervals.get(name), form) for arm in report.arms.values()]
+        rows.append(table_row(words, meaning, cells))
     compared: list[tuple[str, str, Callable[[PairedReport], str], Mapping[str, PairedReport]]] = [
         ("Wins against the base", f"by {report.preference}, ties count half", _rate, report.paired),
         ("p", "sign test over prompts", lambda pair: _p_value(pair.p_value), report.paired),
@@ -161,14 +164,14 @@ def _table(report: Report) -> str:
         ("Faithful against the base", "difference in points", _change, report.faithful),
     ]
     last = [
-        _tr(words, meaning, [f"<td>{say(pairs[a]) if a in pairs else _NONE}</td>" for a in report.arms])
+        table_row(words, meaning, [f"<td>{say(pairs[a]) if a in pairs else NONE}</td>" for a in report.arms])
         for words, meaning, say, pairs in compared
         if pairs
     ]
     if report.over:
         label = report.arms[report.aligned].label
-        cells = [f"<td>{_rate(report.over[a]) if a in report.over else _NONE}</td>" for a in report.arms]
-        last.append(_tr(f"{label} wins against it", f"by {report.preference}, ties count half", cells))
+        cells = [f"<td>{_rate(report.over[a]) if a in report.over else NONE}</td>" for a in report.arms]
+        last.append(table_row(f"{label} wins against it", f"by {report.preference}, ties count half", cells))
     return (
         '<section><h2>Numbers</h2><p class="quiet">Below each number is its 95 % interval over prompts.</p>'
         '<div class="wide"><table>'
@@ -178,42 +181,47 @@ def _table(report: Report) -> str:
     )
 
 
-_NONE = "\u2013"
+NONE = "\u2013"
 
 
-def _tr(words: str, meaning: str, cells: Sequence[str]) -> str:
+def table_row(words: str, meaning: str, cells: Sequence[str]) -> str:
+    """A row of a table: its name, what that means in small letters, and its cells."""
     small = f"<small>{escape(meaning)}</small>" if meaning else ""
     return f'<tr><th scope="row">{escape(words)}{small}</th>{"".join(cells)}</tr>'
 
 
-def _cell(value: float | None, bounds: Interval | None, form: Callable[[float], str]) -> str:
+def cell(value: float | None, interval: Interval | None, form: Callable[[float], str]) -> str:
+    """A cell of a table: a number with its interval below."""
     if value is None:
-        return f"<td>{_NONE}</td>"
-    return f"<td>{form(value)}{_bounds(bounds, form) if bounds is not None else ''}</td>"
+        return f"<td>{NONE}</td>"
+    return f"<td>{form(value)}{bounds(interval, form) if interval is not None else ''}</td>"
 
 
-def _bounds(bounds: Interval, form: Callable[[float], str]) -> str:
-    low, high = (form(bound).removesuffix("\u00a0%") for bound in bounds)
+def bounds(interval: Interval, form: Callable[[float], str]) -> str:
+    """An interval in small letters."""
+    low, high = (form(bound).removesuffix("\u00a0%") for bound in interval)
     return f"<small>{low} to {high}</small>"
 
 
 def _rate(pair: PairedReport) -> str:
-    return f"{percent(pair.win_rate)}{_bounds(pair.ci95, percent)}"
+    return f"{percent(pair.win_rate)}{bounds(pair.ci95, percent)}"
 
 
 def _change(pair: PairedReport) -> str:
-    return f"{signed(pair.mean_difference)}{_bounds(pair.mean_difference_ci95, signed)}"
+    return f"{signed(pair.mean_difference)}{bounds(pair.mean_difference_ci95, signed)}"
 
 
 def _p_value(p: float) -> str:
     return "&lt;\u00a00.0001" if p < 0.0001 else f"{p:.2g}"
 
 
-def _decimal(value: float) -> str:
+def decimal(value: float) -> str:
+    """A number with three decimals and a true minus."""
     return f"{value:.3f}".replace("-", "\u2212") if abs(value) < 100 else charts.label(value)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as people say them."""
     whole = round(seconds)
     hours, minutes = whole // 3600, whole // 60 % 60
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {whole % 60:02d} s"
@@ -274,15 +282,18 @@ def _differences(report: Report) -> str:
     return f'<section><h2>Against the base</h2><div class="charts">{"".join(figures)}</div></section>'
 
 
-def _curves(report: Report, curves: Mapping[str, Curves]) -> str:
+def training(arms: Iterable[tuple[str, str, Curves]]) -> str:
+    """The curves that runs logged.
+
+    Args:
+        arms: (label, class of its lines, points of each logged number).
+    """
     figures = []
-    for name, arm in report.arms.items():
-        logged = curves.get(name, {})
+    for label, style, logged in arms:
         for key, (title, zero) in _CURVES.items():
             if key in logged:
-                told = f"{arm.label}: {title}"
-                chart = charts.lines(logged[key], name=told, zero=zero, style=_style(report, name))
-                figures.append(figure(told, chart))
+                told = f"{label}: {title}"
+                figures.append(figure(told, charts.lines(logged[key], name=told, zero=zero, style=style)))
     if not figures:
         return ""
     return (
@@ -349,17 +360,18 @@ def _watched(arm: str, history: Sequence[Look], mark: int | None) -> list[str]:
 # ------------------------------------------------------------------------------------------------- words
 
 
-def _notes(notes: Sequence[str]) -> str:
-    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    return f"<section><h2>To keep in mind</h2><ul>{items}</ul></section>" if notes else ""
+def notes(said: Sequence[str]) -> str:
+    """Sentences on limits and negative results."""
+    items = "".join(f"<li>{escape(note)}</li>" for note in said)
+    return f"<section><h2>To keep in mind</h2><ul>{items}</ul></section>" if said else ""
 
 
-def _again(report: Report) -> str:
+def again(command: str, versions: Mapping[str, str], config: str) -> str:
     """How to get this again: command, versions, configuration."""
-    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    libraries = ", ".join(f"{name} {version}" for name, version in versions.items())
     return (
-        f"<section><h2>Again</h2><pre>{escape(report.command)}</pre>"
-        f'<p class="quiet">With {escape(versions)}.</p>'
-        f"<details><summary>Effective configuration</summary><pre>{escape(report.config)}</pre></details>"
+        f"<section><h2>Again</h2><pre>{escape(command)}</pre>"
+        f'<p class="quiet">With {escape(libraries)}.</p>'
+        f"<details><summary>Effective configuration</summary><pre>{escape(config)}</pre></details>"
         "</section>"
     )
