@@ -150,7 +150,8 @@ def _score_opened(scorer: Scorer, prompts: Sequence[str], images: Mapping[int, I
     except UserError as error:
         if len(images) == 1:
             return {index: Scored(error=_reason(error)) for index in images}
-        found, names = {}, list(images)
+        found: dict[int, Scored] = {}
+        names = list(images)
         for half in (names[: len(names) // 2], names[len(names) // 2 :]):
             found |= _score_opened(scorer, prompts, {index: images[index] for index in half})
         return found

@@ -81,6 +81,9 @@ class Tower(Protocol):
 class ClipTower:
     """A transformers CLIPModel.
 
+    Attributes:
+        width: of its unit vectors.
+
     Raises:
         UserError: no such model in the folder, partial weights, or a tokenizer that is not the model's.
     """
@@ -90,7 +93,7 @@ class ClipTower:
 
         model: Any = open_pretrained(CLIPModel, folder, dtype=torch.float32)
         self.fingerprint = fingerprint(model)
-        self.scale = float(model.logit_scale.exp())
+        self.scale, self.width = float(model.logit_scale.exp()), int(model.config.projection_dim)
         self.device, self._dtype = choose_device(device), DTYPES[precision]
         self._tokens = clip_tokens(folder, model.config.text_config)
         self.preprocess = of_folder(folder, model.config.vision_config.image_size)

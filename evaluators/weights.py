@@ -235,15 +235,17 @@ def open_pretrained(loader: Any, folder: Path, **options: Any) -> Any:
     Raises:
         UserError: no such model there, damaged, or partial.
     """
+    from safetensors import SafetensorError
     from transformers.utils import logging
 
     was = logging.get_verbosity()
     logging.set_verbosity_error()  # what it would warn of is refused below
+    logging.disable_progress_bar()
     try:
         model, told = loader.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"the model cannot be loaded: {reason(error)}", place=str(folder)) from error
     finally:
         logging.set_verbosity(was)
