@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,13 +18,12 @@ from diffusion.tuned import find_tuned, open_base, open_tuned
 from evaluators.diversity import degenerate, distances, diversity
 from evaluators.scorers.clip import build as build_clip
 from mmalign import config as configuration
+from mmalign.apart import COST, RESULT, read_json, train_apart, write_json
 from mmalign.config import Settings
 from mmalign.errors import UserError, nearest
 from mmalign.progress import progress
 from mmalign.prompts import read_prompts
 from mmalign.statistics import paired_report
-
-RESULT, COST = "result.json", "cost.json"
 
 
 class ArmSettings(Settings):
@@ -88,15 +83,15 @@ def tournament(suite: str, out: Path, *, only: Sequence[str], seeds: Sequence[in
     for run in untrained:  # before several need them at once
         ensure_store(run.config, load_model(run.config.model))
     with ThreadPoolExecutor(max(1, jobs)) as pool:
-        for run, cost in zip(untrained, pool.map(train_apart, untrained), strict=True):
-            _write(run.folder / COST, cost)
+        for run, cost in zip(untrained, pool.map(trained, untrained), strict=True):
+            write_json(run.folder / COST, cost)
             print(f"{run.name}: {cost['seconds']:.0f} s", flush=True)
     bases: dict[str, Judged] = {}
     for run in progress(waiting, "judge", unit="run"):
-        _write(run.folder / RESULT, judged(settings, run, bases))
-    rows = [json.loads((run.folder / RESULT).read_text(encoding="utf-8")) for run in runs]
+        write_json(run.folder / RESULT, judged(settings, run, bases))
+    rows = [read_json(run.folder / RESULT) for run in runs]
     table = summary(settings, rows)
-    _write(out / "table.json", {"runs": rows, "table": table})
+    write_json(out / "table.json", {"runs": rows, "table": table})
     text = markdown(table)
     (out / "table.md").write_text(text, encoding="utf-8")
     print(text)
@@ -166,20 +161,9 @@ def rows_per_update(config: TrainConfig, arm: ArmSettings) -> float:
     return prompts * guided * (drawing + 3 * trained * kept)
 
 
-def train_apart(run: Run) -> dict[str, float]:
-    """Train in a process of its own on one core; what it cost."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "diffusion.train", *run.words]
-    with (run.folder / "log.txt").open("w", encoding="utf-8") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        last = (run.folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()[-1:]
-        raise UserError(f"{run.name} failed: {''.join(last)}", place=str(run.folder / "log.txt"))
-    line = json.loads((run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    return {"seconds": used.ru_utime + used.ru_stime, "peak_gb": line["memory/peak_gb"]}
+def trained(run: Run) -> dict[str, float]:
+    """What a run's training cost; see `train_apart`."""
+    return train_apart("diffusion", run.words, run.folder, run.name)
 
 
 def judged(settings: SuiteSettings, run: Run, bases: dict[str, Judged]) -> dict[str, Any]:
@@ -195,7 +179,7 @@ def judged(settings: SuiteSettings, run: Run, bases: dict[str, Judged]) -> dict[
         bases[key] = judge(evaluation, {"base": lambda: open_base(found)})["base"]
     base, tuned = bases[key], judge(evaluation, {"tuned": lambda: open_tuned(found)})["tuned"]
     number = settings.preferences[run.preference].number
-    cost = json.loads((run.folder / COST).read_text(encoding="utf-8"))
+    cost = read_json(run.folder / COST)
     clip = build_clip()
     result: dict[str, Any] = {"preference": run.preference, "arm": run.arm, "seed": run.seed, "model": path, **cost}
     result["updates"] = run.config.loop.steps
@@ -292,10 +276,3 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |\n")
     return head + "".join(lines)
-
-
-def _write(path: Path, content: Any) -> None:
-    """A JSON file, whole or not at all."""
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(content), encoding="utf-8")
-    aside.replace(path)

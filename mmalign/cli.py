@@ -30,14 +30,15 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "demo": Verb("diffusion.demo:main", "align the embedded model end to end and write a report (no GPU)"),
+    "demo": Verb("mmalign.demo:main", "align an embedded model end to end and write a report (no GPU)"),
     "data": Verb("mmalign.data:main", "check, count, import and pair preference data"),
     "train": Verb("mmalign.launch:main", "train a recipe: RECIPE [--accelerate PRESET] [key=value ...]"),
     "sample": Verb("diffusion.sample:main", "draw images from a model, with or without a trained adapter"),
+    "generate": Verb("vlm.generate:main", "ask a vision-language model, with or without a trained adapter"),
     "accuracy": Verb("diffusion.accuracy:main", "how a tuned model ranks held-out pairs, with an interval"),
     "compare": Verb("evaluators.compare:main", "two or more score files: win rates, intervals, tests, ranking"),
     "export": Verb("diffusion.export:main", "write weights in another tool's layout and prove that they act"),
-    "bench": Verb("diffusion.bench:main", "all methods side by side on the embedded world, at equal budget"),
+    "bench": Verb("mmalign.bench:main", "all methods side by side on an embedded world, with intervals"),
     "build": Verb("diffusion.build:main", "rebuild the embedded models from their seeds"),
     "doctor": Verb("mmalign.doctor:main", "print versions, devices, extras and packages that are in the way"),
 }
