@@ -86,6 +86,7 @@ WORLDS = {
     "strong clusters": World(prompts=100, shift=0.2, shared=0.9),
     "20 prompts": World(prompts=20, shift=0.3),
     "20 prompts, nearly always won": World(prompts=20, shift=1.8),
+    "20 prompts, one seed, nearly always won": World(prompts=20, seeds=1, shift=1.8),
     "500 prompts": World(prompts=500, shift=0.15),
     "skewed": World(prompts=200, shift=0.2, skew=0.5),
 }

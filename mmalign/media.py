@@ -15,7 +15,7 @@ import re
 import stat
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image, ImageOps
 
@@ -34,6 +34,10 @@ def path_fault(root: str | Path, relative: str) -> str | None:
     """
     if not relative or "\0" in relative:
         return "an empty path" if not relative else "a path with a NUL character"
+    try:
+        os.fsencode(relative)
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can carry and no file name can
+        return "a path that is not valid Unicode"
     if PurePosixPath(relative).is_absolute() or PureWindowsPath(relative).drive or relative.startswith("\\"):
         return f"the absolute path '{relative}'"
     if ".." in re.split(r"[/\\]", relative):
@@ -66,6 +70,22 @@ def resolve_inside(root: str | Path, relative: str, *, place: str) -> Path:
             fix="Use paths relative to the data folder, and keep the files in it",
         )
     return Path(root, relative)
+
+
+@runtime_checkable
+@runtime_checkable
+class Address(Protocol):
+    """Where an image lies inside a larger file: `shard` and `row` name it, `load` fetches it."""
+
+    @property
+    def shard(self) -> str: ...
+
+    @property
+    def row(self) -> int: ...
+
+    def load(self) -> tuple[bytes | None, str | None]:
+        """(encoded bytes or None, path relative to the shard's folder or None)."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +136,7 @@ def _images(shard: str, group: int, version: int) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Media:
-    """An image: exactly one of bytes, a path below a root, or a cell of a store's shard.
+    """An image: exactly one of bytes, a path below a root, or a place in a larger file.
 
     Two media are equal when their encoded bytes are.
 
@@ -124,7 +144,7 @@ class Media:
         data: the encoded file itself.
         path: path relative to `root`.
         root: the folder that `path` may not leave.
-        cell: a place in a store.
+        cell: a place in a store's shard, or in another file of many images.
         digest: SHA-256 of the encoded bytes where it is known already.
         place: how to name it in a message.
     """
@@ -132,7 +152,7 @@ class Media:
     data: bytes | None = None
     path: str | None = None
     root: str | None = None
-    cell: Cell | None = None
+    cell: Address | None = None
     digest: str | None = None
     place: str = ""
 

@@ -192,18 +192,28 @@ class Store:
         return self._stream(split)
 
     def _stream(self, split: str | None) -> Iterator[Record]:
-        names = [name for name in _schema().names if name != "images"]
+        for shard, group in self.groups():
+            for record in self.read_group(shard, group):
+                if split is None or record.split == split:
+                    yield record
+
+    def groups(self) -> Iterator[tuple[Path, int]]:
+        """(shard, row group) of all records, in order: pieces of a few MiB for whoever shares out work."""
         for shard in self.shards:
-            row = 0
             with open_parquet(shard) as file:
                 _check_columns(shard, file)
-                for group in range(file.metadata.num_row_groups):
-                    with damage(shard):
-                        rows = file.read_row_group(group, columns=names).to_pylist()
-                    for offset, values in enumerate(rows):
-                        if split is None or values["split"] == split:
-                            yield _record(values, str(shard), row, group, offset)
-                        row += 1
+                count = file.metadata.num_row_groups
+            for group in range(count):
+                yield shard, group
+
+    def read_group(self, shard: Path, group: int) -> Iterator[Record]:
+        """The records of one row group."""
+        names = [name for name in _schema().names if name != "images"]
+        with open_parquet(shard) as file, damage(shard):
+            row = sum(file.metadata.row_group(before).num_rows for before in range(group))
+            rows = file.read_row_group(group, columns=names).to_pylist()
+        for offset, values in enumerate(rows):
+            yield _record(values, str(shard), row + offset, group, offset)
 
     @staticmethod
     def write(

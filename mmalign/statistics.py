@@ -5,7 +5,7 @@ a *cluster*: they resemble each other, so intervals and tests draw or flip whole
 A win is 1, a tie 1/2, a loss 0. NumPy only; everything random is seeded, and seed 0 is a seed.
 
 The intervals are those that cover in simulation (`benchmarks/coverage.py`): the plain percentile bootstrap is too
-narrow for few prompts (92 % at 20) and far too narrow for shares near 0 or 1 (72 %).
+narrow for few prompts (90 to 93 % at 20) and far too narrow for shares near 0 or 1 (52 % at 20 prompts).
 
 Sources: Wilson 1927 (score interval); Efron and Tibshirani 1993 (percentile bootstrap, permutation tests);
 Hesterberg 2015 (the expanded percentile interval); Kish 1965 (effective size of a clustered sample); Phipson and

@@ -270,7 +270,7 @@ def test_intervals_cover_and_nulls_are_rejected_at_five_percent(world: str) -> N
     """`python -m benchmarks.coverage` with fewer experiments: 0.93 to 0.97 within three deviations of 1,000 of them."""
     found = experiment(WORLDS[world], 1000, resamples=600)
     assert 0.93 - 0.013 <= found["win rate"] <= 0.97 + 0.02  # 20 prompts have few win rates: it may cover more
-    if world != "20 prompts, nearly always won":
+    if "nearly always won" not in world:
         assert 0.93 - 0.013 <= found["mean difference"] <= 0.97 + 0.013
     if world.startswith("null"):
         assert found["sign test rejects"] <= 0.065
