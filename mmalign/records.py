@@ -228,8 +228,10 @@ def check_record(record: Record, *, decode: bool = False) -> Iterator[Problem]:
     for name, value in [("licence", record.licence), ("source", record.source)]:
         if value is not None and not isinstance(value, str):
             yield problem(name, "text", value)
+        elif value is not None and not _is_unicode(value):
+            yield problem(name, "valid Unicode", value)
     try:
-        json.dumps(record.context, allow_nan=False)
+        json.dumps(record.context, allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError) as error:
         yield Problem(row=record.where, field="context", expected="plain JSON values", got=str(error))
 
@@ -247,10 +249,12 @@ def check_record(record: Record, *, decode: bool = False) -> Iterator[Problem]:
         if (candidate.image is None) == (candidate.text is None):
             both = "neither" if candidate.image is None else "both"
             yield Problem(row=record.where, field=name, expected="an image or a text", got=both)
-        if candidate.text is not None and not isinstance(candidate.text, str):
-            yield problem(f"{name}.text", "text", candidate.text)
-        if candidate.prompt is not None and not isinstance(candidate.prompt, str):
-            yield problem(f"{name}.prompt", "text", candidate.prompt)
+        for key in ("text", "prompt", "model"):
+            value = getattr(candidate, key)
+            if value is not None and not isinstance(value, str):
+                yield problem(f"{name}.{key}", "text", value)
+            elif value is not None and not _is_unicode(value):
+                yield problem(f"{name}.{key}", "valid Unicode", value)
         if candidate.seed is not None and (
             not isinstance(candidate.seed, int) or not -(2**63) <= candidate.seed < 2**63
         ):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,33 +9,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from tiny_sources import jsonl, labels, parquet, pictures, png, problems, refusal, turn, write_json
 
-from mmalign.errors import UserError
-from mmalign.importers import ImportOptions, detect, read, scan
+from mmalign.importers import ImportOptions, detect, read
 from mmalign.media import Media
-from mmalign.preferences import Problem, Record, Store, validate
-
-
-def png(shade: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (6, 4), (shade, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def problems(path: Path, format: str = "auto", **options: str) -> list[str]:
-    return [str(item) for item in validate(scan(path, format, ImportOptions(**options)))]
-
-
-def refusal(path: Path, format: str = "auto", **options: str) -> str:
-    with pytest.raises(UserError) as error:
-        list(read(path, format, ImportOptions(**options)))
-    return str(error.value)
-
-
-def labels(record: Record) -> list[tuple[str, str, str]]:
-    return [(vote.a, vote.b, vote.label) for vote in record.votes]
-
+from mmalign.preferences import Store
+from mmalign.records import Problem
 
 # --- Pick-a-Pic --------------------------------------------------------------------------------------------
 
@@ -59,11 +36,6 @@ def pick(row: int, **changes: Any) -> dict[str, Any]:
         "model_1": "sdxl",
     }
     return {**values, **changes}
-
-
-def parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return path
 
 
 def test_pickapic_labels_ties_and_unlabelled_rows(tmp_path: Path) -> None:
@@ -157,18 +129,6 @@ def test_a_truncated_parquet_source(tmp_path: Path) -> None:
 # --- HPDv2 -------------------------------------------------------------------------------------------------
 
 
-def pictures(folder: Path, *names: str) -> None:
-    for shade, name in enumerate(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(png(shade))
-
-
-def write_json(path: Path, value: object) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value), encoding="utf-8")
-    return path
-
-
 def test_hpd_preferences_ranks_and_annotations(tmp_path: Path) -> None:
     pictures(tmp_path / "images", "0.jpg", "1.jpg", "2.jpg")
     rows: list[Mapping[str, Any]] = [
@@ -226,15 +186,6 @@ def test_hpd_rows_that_are_wrong(tmp_path: Path) -> None:
 
 
 # --- TRL ---------------------------------------------------------------------------------------------------
-
-
-def jsonl(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def turn(role: str, content: object) -> dict[str, object]:
-    return {"role": role, "content": content}
 
 
 def test_trl_strings_conversations_and_images_on_either_side(tmp_path: Path) -> None:

@@ -129,8 +129,8 @@ def llava_rlhf(path: Path, options: ImportOptions) -> Scan:
 
 
 def rlaifv(path: Path, options: ImportOptions) -> Scan:
-    """openbmb/RLAIF-V-Dataset: Parquet of `image` (bytes, {bytes, path} or a path), `question`, `chosen`, `rejected`, and
-    where they are from. Several pairs are about one photograph: `image_path` is the group."""
+    """openbmb/RLAIF-V-Dataset: Parquet of `image` (bytes, {bytes, path} or a path), `question`, `chosen`, `rejected`
+    and where they are from. Several pairs are about one photograph: `image_path` is the group."""
     root = root_of(path, options)
 
     def convert(row: Row, name: str) -> Record:

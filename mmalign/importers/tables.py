@@ -59,6 +59,12 @@ def detect_columns(file: Path) -> str:
         share = (len(groups) - len(missing) + 0.5 * close) / len(groups)
         if share > best_share:
             best, best_share, best_missing = name, share, missing[0]
+    if best_share == 0:
+        raise UserError(
+            f"the columns {', '.join(map(str, first)) or '(none)'} are of no known format",
+            place=str(file),
+            fix=f"Rename them to those of one of {', '.join(COLUMNS)}",
+        )
     raise _column_error(best_missing, first, str(file), best)
 
 
