@@ -17,7 +17,7 @@ import os
 import tarfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def find(path: Path, rows: int = ROWS) -> Source:
         return _source(path, found(path), [path])
     for name in INDEXES:
         if (path / name).is_file():
-            return _from_index(path / name, path, rows)
+            return replace(_from_index(path / name, path, rows), path=path)
     names = files_below(path)
     tars = [path / name for name in names if name.endswith(".tar")]
     if tars:
@@ -327,7 +327,8 @@ def _read_tar(path: Path) -> Iterator[Sample]:
     """Samples of neighbouring members with the same name up to the first dot of its last part."""
     try:
         with tarfile.open(path, "r:") as tar:  # ":" refuses compression, in which nothing could be found again
-            key, parts, row = "", {}, 0
+            key, row = "", 0
+            parts: dict[str, tarfile.TarInfo] = {}
             for member in tar:
                 if not member.isreg():
                     continue

@@ -35,11 +35,15 @@ VERBS = {
     "train": Verb("mmalign.launch:main", "train a recipe: RECIPE [--accelerate PRESET] [key=value ...]"),
     "sample": Verb("diffusion.sample:main", "draw images from a model, with or without a trained adapter"),
     "generate": Verb("vlm.generate:main", "ask a vision-language model, with or without a trained adapter"),
+    "arena": Verb("evaluators.arena.command:main", "vote blindly between models in a browser; votes are training data"),
     "accuracy": Verb("diffusion.accuracy:main", "how a tuned model ranks held-out pairs, with an interval"),
+    "score": Verb("evaluators.score:main", "score pictures of any source, in shards that resume"),
+    "label": Verb("evaluators.label:main", "scores into a preference store"),
     "compare": Verb("evaluators.compare:main", "two or more score files: win rates, intervals, tests, ranking"),
     "export": Verb("diffusion.export:main", "write weights in another tool's layout and prove that they act"),
     "bench": Verb("mmalign.bench:main", "all methods side by side on an embedded world, with intervals"),
     "build": Verb("diffusion.build:main", "rebuild the embedded models from their seeds"),
+    "scorers": Verb("evaluators.listing:main", "what there is to score with, and where its weights are looked for"),
     "doctor": Verb("mmalign.doctor:main", "print versions, devices, extras and packages that are in the way"),
 }
 
