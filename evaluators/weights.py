@@ -57,7 +57,10 @@ class Weights:
     def described(self) -> str:
         """Name, source, size and licence in a few words."""
         what = f"{self.file} of {self.repo}" if self.file else self.repo
-        size = "" if self.gigabytes is None else f", about {self.gigabytes:g} GB"
+        size = ""
+        if self.gigabytes is not None:
+            many, unit = (self.gigabytes, "GB") if self.gigabytes >= 0.1 else (self.gigabytes * 1000, "MB")
+            size = f", about {many:g} {unit}"
         return f"{what}{size}, licence {self.licence}"
 
 

@@ -106,6 +106,9 @@ def main(argv: list[str]) -> int:
     rows += [("device", line) for line in devices()]
     rows += [(name, extra_state(name, extra)) for name, extra in EXTRAS.items()]
     problems = shadows()
+    if "evaluators" not in problems:
+        # by name: what judges stands on the core, which may not import it
+        rows.append(("scorers", importlib.import_module("evaluators.listing").summary()))
     rows += [(name, problems.get(name, "ours")) for name in PACKAGES]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
