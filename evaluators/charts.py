@@ -113,6 +113,34 @@ def forest(rows: Sequence[tuple[str, Number, Point, str]], *, blind: Number, nam
     return _svg(parts, f"{name}: {told}", height)
 
 
+def shifts(rows: Sequence[tuple[str, Number, Point, str]], *, across: str, name: str) -> str:
+    """Changes with their intervals around none.
+
+    Args:
+        rows: (label, change, interval, class), top to bottom, at least one.
+        across: the words below the axis.
+        name: what is drawn, for those who hear the page.
+    """
+    step, foot = 44, 34
+    height = step * len(rows) + foot + 6
+    floor = height - foot
+    ends = [end for _, _, interval, _ in rows for end in interval]
+    x = _Axis(min(0.0, *ends), max(0.0, *ends), 24, WIDTH - 24, room=0.04)
+    parts = []
+    for tick in x.ticks():
+        parts.append(_line(x(tick), 4, x(tick), floor, "c-zero" if tick == 0 else "c-grid"))
+        parts.append(_text(x(tick), floor + 14, label(tick), "middle"))
+    parts.append(_text(WIDTH / 2, height - 5, across, "middle", "c-name"))
+    for index, (row, change, (lower, upper), style) in enumerate(rows):
+        middle = 6 + step * index + 29
+        parts.append(_text(26, middle - 13, row if len(row) <= 44 else row[:43] + "…", "start", "c-name"))
+        parts.append(_line(x(lower), middle, x(upper), middle, f"c-whisker {style}"))
+        parts += [_line(x(end), middle - 5, x(end), middle + 5, f"c-whisker {style}") for end in (lower, upper)]
+        parts.append(f'<circle class="c-dot {style}" cx="{_n(x(change))}" cy="{_n(middle)}" r="4.5"/>')
+    told = "; ".join(f"{row} {label(change)} ({label(a)} to {label(b)})" for row, change, (a, b), _ in rows)
+    return _svg(parts, f"{name}: {told}", height)
+
+
 def histogram(differences: Sequence[Number], *, name: str, across: str, style: str = "arm-1") -> str:
     """How much better or worse each unit became: bars around a bin that is centred on no change.
 

@@ -108,7 +108,7 @@ def judge(exam: Exam, models: Mapping[str, Callable[[], VisionLanguageModel]], *
     judged = {}
     for name, opened in models.items():
         model = opened()
-        model.network.to("cuda" if torch.cuda.is_available() else "cpu")
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
         judged[name] = examine(exam, model, batch_size=batch_size, title=f"judge {name}")
     return judged
 

@@ -1,0 +1,191 @@
+"""What an evaluation of models that answer found: measures, how they changed, and answers with their faults marked.
+
+Numbers and words only; `evaluators.answers_page` makes the page of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from evaluators.hallucination.changes import Change
+from evaluators.hallucination.estimate import Estimate
+from evaluators.results import BASE, interval, percent, signed
+
+ALLOWED = 0.03  # recall may fall by this much before fewer false things are no more than fewer things
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mark:
+    """A part of an answer that is right or wrong: text[start:end]."""
+
+    start: int
+    end: int
+    kind: Literal["right", "wrong"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Said:
+    """One answer.
+
+    Attributes:
+        marks: in order, not overlapping.
+        missing: what the answer should have named and did not.
+    """
+
+    text: str
+    marks: Sequence[Mark] = ()
+    missing: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """A question about a picture, its true answer, and every arm's."""
+
+    question: str
+    truth: str
+    answers: Mapping[str, Said]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shown:
+    """A picture of the page and what was asked about it."""
+
+    picture: Image.Image
+    asked: Sequence[Asked]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnswerArm:
+    """One model.
+
+    Attributes:
+        label: its name for people: "POVID".
+        numbers: measures with intervals.
+        changes: from the base; empty for the base itself.
+        curves: metrics.jsonl of its training; None where it was not trained.
+    """
+
+    label: str
+    numbers: Mapping[str, Estimate]
+    changes: Mapping[str, Change] = field(default_factory=dict)
+    curves: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnswerReport:
+    """An evaluation of several models on the same held-out pictures and questions.
+
+    Attributes:
+        method: what trained the aligned arm: "povid".
+        title: heading of the page.
+        pictures: how many held-out pictures.
+        seed, seconds: of the whole run.
+        versions: of the libraries that matter.
+        config: the effective configuration, YAML.
+        command: what to type to get this again.
+        arms: name -> arm, in the order to show them; "base" is one of them.
+        aligned: name of the arm that the report is about.
+        shown: the first pictures, never those with the best result, for the page says so.
+        notes: sentences on limits and negative results.
+
+    Raises:
+        ValueError: the parts do not fit one another.
+    """
+
+    method: str
+    title: str
+    pictures: int
+    seed: int
+    seconds: float
+    versions: Mapping[str, str]
+    config: str
+    command: str
+    arms: Mapping[str, AnswerArm]
+    aligned: str
+    shown: Sequence[Shown] = ()
+    notes: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if BASE not in self.arms or self.aligned not in self.arms or self.aligned == BASE:
+            raise ValueError(f"arms {list(self.arms)} lack '{BASE}' or the aligned '{self.aligned}'")
+        for one in (asked for shown in self.shown for asked in shown.asked):
+            if set(one.answers) != set(self.arms):
+                raise ValueError(f"answers of {sorted(one.answers)} for arms {sorted(self.arms)}")
+
+
+def as_json(report: AnswerReport) -> dict[str, Any]:
+    """What report.json holds: every arm's numbers and changes, without pictures."""
+    return {
+        "method": report.method,
+        "title": report.title,
+        "headline": " ".join(sentences(report)),
+        "pictures": report.pictures,
+        "seed": report.seed,
+        "seconds": report.seconds,
+        "versions": dict(report.versions),
+        "config": report.config,
+        "command": report.command,
+        "aligned": report.aligned,
+        "arms": {
+            name: {
+                "label": arm.label,
+                "numbers": {key: one.as_json() for key, one in arm.numbers.items()},
+                "changes": {key: one.as_json() for key, one in arm.changes.items()},
+            }
+            for name, arm in report.arms.items()
+        },
+        "notes": list(report.notes),
+    }
+
+
+# -------------------------------------------------------------------------------------------------- words
+
+
+def cured(found: Mapping[str, Change]) -> bool:
+    """Whether fewer descriptions are false, for certain, and recall is not what paid for it."""
+    recall = found["recall"].value
+    return (found["chair_s"].value or 0) < 0 and found["chair_s"].certain and recall is not None and recall >= -ALLOWED
+
+
+def sentences(report: AnswerReport) -> list[str]:
+    """What was found, in sentences that claim no more than the intervals allow."""
+    arm = report.arms[report.aligned]
+    label, found = arm.label, arm.changes
+    chair, recall = found["chair_s"], found["recall"]
+    pictures = f"n {report.pictures} held-out pictures"
+    said = _went(chair)
+    if not chair.certain:
+        first = f"No effect was found: o{pictures} {label} took the share of descriptions with a false thing {said}."
+    elif (chair.value or 0) < 0:
+        first = f"O{pictures} {label} lowered the share of descriptions that name a false thing {said}."
+    else:
+        first = f"It got worse: o{pictures} {label} raised the share of descriptions that name a false thing {said}."
+    rest = []
+    if found["chair_i"].value is not None:
+        rest.append(f"Of all mentions, the false ones went {_went(found['chair_i'])}.")
+    paid = (
+        ""
+        if (recall.value or 0) >= -ALLOWED
+        else "; so some false things went because descriptions say less"
+        if (chair.value or 0) < 0
+        else ""
+    )
+    rest.append(f"Of what there is, the share that is named went {_went(recall)}{paid}.")
+    if "pope_adversarial/accuracy" in found:
+        ratio = report.arms[report.aligned].numbers["pope_adversarial/yes_ratio"].value
+        yes = "" if ratio is None else f"; it says yes to {percent(ratio)} of them, where half would be right"
+        rest.append(f"Accuracy on POPE's adversarial questions went {_went(found['pope_adversarial/accuracy'])}{yes}.")
+    return [first, *rest]
+
+
+def _went(change: Change) -> str:
+    if change.base is None or change.tuned is None or change.ci95 is None or change.value is None:
+        return "nowhere: one of the models names nothing"
+    moved = f"a change of {signed(change.value)} points ({interval(change.ci95, signed)})"
+    chance = "" if change.certain else ", which may be chance"
+    return f"from {percent(change.base)} to {percent(change.tuned)}, {moved}{chance}"
