@@ -15,6 +15,7 @@
     records       JSON or JSONL rows with prompt, candidates, votes; or a folder with one such JSON per record
     pairs_folder  pictures named NAME_w.png (preferred) and NAME_l.png
     pictures      pictures with captions: NAME.txt beside NAME.png, or metadata.jsonl (+ label, true or false)
+    votes         the SQLite file of `mmalign arena`, beside the pictures that were voted on
 
 Any table may be JSON, JSONL or Parquet. A label becomes the score `desirable`, 1 or 0. `scan` yields a `Problem` where
 a row cannot be read, so that a check can list them all; `read` stops at the first one, or hands it to `on_problem` and
@@ -30,7 +31,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmalign.errors import UserError, nearest
-from mmalign.importers import chats, folders, llava, native, rankings
+from mmalign.importers import chats, folders, llava, native, rankings, votes
 from mmalign.importers.common import ImportOptions, Scan
 from mmalign.importers.folders import SIDE
 from mmalign.importers.tables import detect_columns
@@ -56,6 +57,7 @@ IMPORTERS: dict[str, Callable[[Path, ImportOptions], Scan]] = {
     "records": native.records,
     "pairs_folder": folders.pairs_folder,
     "pictures": folders.pictures,
+    "votes": votes.votes,
 }
 
 
@@ -70,7 +72,7 @@ def detect(path: str | Path) -> str:
     if not path.exists():
         raise UserError("there is no such file or folder", place=str(path))
     if path.is_file():
-        return detect_columns(path)
+        return "votes" if votes.is_votes(path) else detect_columns(path)
     if (path / MANIFEST).exists():
         return "store"
     files = files_below(path)

@@ -1,0 +1,112 @@
+"""Votes between models, blindly, in a browser; the votes are training data.
+
+    mmalign arena --images pictures/base pictures/dpo              folders of `mmalign sample`, the base first
+    mmalign arena --answers answers/base.jsonl answers/dpo.jsonl   lines {image, prompt, answer, model}
+    mmalign data import pictures/votes.sqlite --out store          the votes as preferences
+
+The page is at this machine alone unless --host says otherwise, which demands a password: each rater gives a name of
+their own with it. Every vote is on the disk before the next pair is shown; the same command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmalign.cli import Parser, resolve
+from mmalign.errors import UserError
+
+PASSWORD = "MMALIGN_ARENA_PASSWORD"
+LEAST = 8  # characters of a password
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`mmalign arena --images FOLDER ... | --answers FILE ...`."""
+    parser = Parser(prog="mmalign arena", description=__doc__)
+    parser.add_argument(
+        "--images", type=Path, nargs="+", default=[], metavar="FOLDER", help="what models drew, the base first"
+    )
+    parser.add_argument(
+        "--answers", type=Path, nargs="+", default=[], metavar="FILE", help="what models answered, JSON lines"
+    )
+    parser.add_argument(
+        "--votes", type=Path, help="where votes are kept (default: votes.sqlite in the folder of the sources)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the order of pairs and sides (default: %(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
+    parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
+    parser.add_argument("--password", help=f"demanded of every rater; better in the environment as {PASSWORD}")
+    said = parser.parse_args(argv)
+    if bool(said.images) == bool(said.answers):
+        raise UserError("nothing to compare, or two kinds of it", fix="Give --images FOLDER ... or --answers FILE ...")
+    password = said.password or os.environ.get(PASSWORD) or None
+    require_safe(said.host, password)
+
+    from evaluators.arena.server import Arena
+    from evaluators.arena.standings import lines_of
+    from evaluators.arena.trials import Sources, find_root
+
+    found = find_root([*said.images, *said.answers])
+    votes = said.votes or found / "votes.sqlite"
+    if not votes.parent.is_dir():
+        raise UserError("there is no such folder", place=str(votes.parent))
+    sources = Sources(root=votes.parent.resolve(), folders=tuple(said.images), answers=tuple(said.answers))
+    with listening(said.host, said.port) as bound, Arena(sources, votes, seed=said.seed) as arena:
+        resolve("evaluators.arena.web:serve")  # says which extra brings what is missing
+        from evaluators.arena.web import serve
+
+        shown = f"[{said.host}]" if ":" in said.host else said.host
+        print(
+            f"Vote at http://{shown}:{bound.getsockname()[1]}  ({len(arena.programme.trials)} pairs of "
+            f"{', '.join(arena.programme.contestants)}; votes in {votes}; Ctrl-C stops)",
+            flush=True,
+        )
+        serve(arena, bound, password=password, loopback=is_loopback(said.host))
+        print(*lines_of(arena.standings()), sep="\n")
+    return 0
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def require_safe(host: str, password: str | None) -> None:
+    """An open page on a network is a page for everybody.
+
+    Raises:
+        UserError: there is no password where one is needed, or a short one.
+    """
+    if password is None and not is_loopback(host):
+        raise UserError(
+            f"'{host}' can be reached from other machines, which needs a password",
+            place="--host",
+            fix=f"Set {PASSWORD} or give --password, or listen at 127.0.0.1.",
+        )
+    if password is not None and len(password) < LEAST:
+        raise UserError(f"the password is shorter than {LEAST} characters", place="--password")
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens there.
+
+    Raises:
+        UserError: the port is taken or not allowed, or the address is not one of this machine's.
+    """
+    if not 0 <= port < 65536:
+        raise UserError(f"{port} is not a port", place="--port", fix="Use 1 to 65535.")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+        bound.listen(128)
+    except (OSError, UnicodeError) as error:
+        bound.close()
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            raise UserError(f"port {port} is in use", place=host, fix="Give another --port.") from error
+        raise UserError(f"cannot listen at {host}:{port}: {error}", place="--host") from error
+    return bound
