@@ -26,12 +26,12 @@ from torch import Tensor
 
 from diffusion import arrays, transforms
 from diffusion.conditioning import Conditioning
-from diffusion.fingerprints import module_fingerprint, tokenizer_fingerprint
 from diffusion.models import DiffusionModel
 from diffusion.parts import Origin, PairBatch
 from diffusion.settings import LatentSettings
 from diffusion.transforms import Size, View
 from mmalign.errors import UserError
+from mmalign.fingerprints import module_fingerprint, tokenizer_fingerprint
 from mmalign.media import Media
 from mmalign.progress import progress
 from mmalign.randomness import Draws, key_seed

@@ -15,9 +15,9 @@ from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffusion.parts import PairBatch, Parts, mean_over_pairs, pair_metrics
+from diffusion.parts import PairBatch, Parts, pair_metrics
 from mmalign.config import Settings
-from mmalign.losses import PairTerms, equivalents, implicit_rewards, logit_scale, weighted_sum
+from mmalign.losses import PairTerms, equivalents, implicit_rewards, logit_scale, mean_over_pairs, weighted_sum
 from mmalign.method import Metrics
 
 

@@ -138,7 +138,7 @@ def _check(tuned: Tuned, out: Path, format: Format) -> None:
         )
     if format == "diffusers":
         return
-    if tuned.full:
+    if tuned.config.adapter is None:
         raise UserError(
             "the whole UNet was trained, and kohya's layout holds adapters",
             place=str(tuned.checkpoint),

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from diffusion import hub, schedulers
 from diffusion.conditioning import Conditioning
-from diffusion.fingerprints import module_fingerprint
 from diffusion.overlays import fuse_lora
 from diffusion.pipelines import DTYPES, FAMILIES, Family, embedded_model, open_pipeline
 from diffusion.schedule import NoiseSchedule
 from diffusion.settings import ModelSettings
 from mmalign.errors import UserError
+from mmalign.fingerprints import module_fingerprint
 from mmalign.progress import progress
 
 PROMPT_BATCH = 64

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffusion.conditioning import Conditioning
 from diffusion.schedule import NoiseSchedule
 from diffusion.settings import LatentSettings
-from mmalign.losses import accuracy
+from mmalign.method import reward_metrics
 from mmalign.randomness import Draws, key_seed
 from mmalign.reference import Reference
 
@@ -126,24 +126,12 @@ def pair_metrics(
     rewards: Float[Tensor, " rows"], errors: Float[Tensor, " rows"], reference: Float[Tensor, " rows"]
 ) -> dict[str, Tensor]:
     """The logged means under the field's names; rows are chosen first, then rejected."""
-    chosen, rejected = rewards.detach().chunk(2)
-    margin = chosen - rejected
     error_chosen, error_rejected = errors.detach().chunk(2)
     ref_chosen, ref_rejected = reference.chunk(2)
     return {
-        "rewards/chosen": chosen.mean(),
-        "rewards/rejected": rejected.mean(),
-        "rewards/margins": margin.mean(),
-        "rewards/margins_abs": margin.abs().mean(),
-        "rewards/accuracies": accuracy(margin).mean(),
+        **reward_metrics(*rewards.chunk(2)),
         "errors/chosen": error_chosen.mean(),
         "errors/rejected": error_rejected.mean(),
         "errors/ref_chosen": ref_chosen.mean(),
         "errors/ref_rejected": ref_rejected.mean(),
     }
-
-
-def mean_over_pairs(loss: Float[Tensor, " pairs"], weights: Float[Tensor, " pairs"] | None) -> Float[Tensor, ""]:
-    """Mean of w * loss. The weights have mean 1 over the data set, not over the batch: so accumulating over eight
-    batches of one equals one batch of eight."""
-    return (loss if weights is None else loss * weights).mean()

@@ -7,7 +7,6 @@ accelerate launch -m diffusion.train configs/diffusion/dpo_shapes.yaml optim.lr=
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,9 +20,9 @@ from diffusion.parts import Parts
 from diffusion.recipe import TrainConfig
 from mmalign import config as configuration
 from mmalign import method as methods
+from mmalign.announce import announce, forward_seconds
 from mmalign.cli import Parser, run_entry
-from mmalign.loop import Hooks, Loop, check_machine, processes, trainable, weights_layout
-from mmalign.memory import peak_gb
+from mmalign.loop import Hooks, Loop, check_machine, processes, weights_layout
 from mmalign.reference import AdaptersOff, FrozenCopy, Reference
 
 
@@ -47,9 +46,20 @@ def train(config: TrainConfig) -> int:
     loop, parts, save_cache = assemble(config, model, feed)
     unet = model.unet
     method = module.build(options, parts)
+    trained = f"LoRA of rank {config.adapter.rank}" if config.adapter else "the whole UNet"
 
     def started() -> None:
-        announce(config, loop, parts, feed, {**feed.notes(), **method.describe()})
+        announce(
+            config,
+            loop,
+            config.optim,
+            method=config.method.name,
+            model=config.model.path,
+            trained=trained,
+            size=feed.size,
+            notes={**feed.notes(), **method.describe()},
+            seconds=estimate_seconds(config, loop, parts, feed),
+        )
 
     def sample(step: int) -> None:
         drawn = config.validation
@@ -72,7 +82,7 @@ def train(config: TrainConfig) -> int:
         saved=save_cache,
         summary={
             "base": model.identity,
-            "adapter": f"LoRA of rank {config.adapter.rank}" if config.adapter else "none, the whole UNet",
+            "adapter": trained if config.adapter else "none, the whole UNet",
             "seed": config.loop.seed,
             feed.unit: feed.key,
         },
@@ -104,52 +114,12 @@ def plain_reference(loop: Loop, unet: nn.Module, original: nn.Module | None) -> 
     return FrozenCopy(original.to(memory_format=weights_layout()), loop.accelerator.autocast)
 
 
-def announce(config: TrainConfig, loop: Loop, parts: Parts, feed: Feed, notes: dict[str, str]) -> None:
-    """The block that says what is effective, and the same as a file: config.yaml."""
-    settings = config.loop
-    seconds = estimate_seconds(config, loop, parts, feed)  # by every process: sharded modules run together
-    if not loop.accelerator.is_main_process:
-        return
-    (settings.output_dir / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
-    schedule = config.optim.schedule + (
-        f", {n} updates of warm-up" if (n := config.optim.warmup(settings.steps)) else ""
-    )
-    block = {
-        "method": config.method.name,
-        **notes,
-        "model": config.model.path,
-        "trained": f"{trainable(loop.parameters):,} numbers, "
-        + (f"LoRA of rank {config.adapter.rank}" if config.adapter else "the whole UNet"),
-        "learning rate": f"{config.optim.lr:g} ({schedule}), {config.optim.name}",
-        "pairs per update": f"{loop.pairs_per_update} = {settings.batch_size} per forward x {settings.accumulation} "
-        f"accumulated x {loop.accelerator.num_processes} processes",
-        "updates": f"{settings.steps} = {settings.steps * loop.pairs_per_update / feed.size:.1f} epochs",
-        "precision": f"{settings.precision}, attention {settings.attention}",
-        "expected": f"about {duration(seconds)}, from one forward; {peak_gb():.1f} GB in use before training",
-        "output": str(settings.output_dir),
-    }
-    width = max(map(len, block))
-    print("\n".join(f"  {name:<{width}}  {value}" for name, value in block.items()), flush=True)
-
-
 def estimate_seconds(config: TrainConfig, loop: Loop, parts: Parts, feed: Feed) -> float:
     """Expected time of the updates: one forward measured, times what an update of this feed comes to."""
     latents, conditioning = feed.example(loop.accelerator.device, config.loop.batch_size)
     t = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
-    times = []
-    with loop.undisturbed():
-        for _ in range(2):  # the first also warms up
-            start = time.perf_counter()
-            parts.predict(loop.module, latents, t, conditioning).sum().item()
-            times.append(time.perf_counter() - start)
-    return feed.forwards() * min(times) * config.loop.steps * config.loop.accumulation
-
-
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever reads best."""
-    if seconds < 100:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
+    seconds = forward_seconds(loop, lambda: parts.predict(loop.module, latents, t, conditioning).sum().item())
+    return feed.forwards() * seconds * config.loop.steps * config.loop.accumulation
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffusion.adapters import attach, lora_layers, merge_lora
-from diffusion.fingerprints import module_fingerprint
 from diffusion.models import DiffusionModel
 from mmalign.errors import UserError
+from mmalign.fingerprints import module_fingerprint
 
 FULL = Path("unet", "diffusion_pytorch_model.safetensors")
 PEFT = Path("unet_peft", "adapter_model.safetensors")

@@ -143,6 +143,42 @@ def smoothed(
     return sigmoid(strength * (2 * confidence - 1) * margin)
 
 
+def exo(margin: Float[Tensor, " pairs"], *, flip_rate: float = 1e-3) -> Float[Tensor, " pairs"]:
+    """EXO on pairs, KL(p || q) of p = sigmoid(h) from the label q = 1 - f (Ji et al. 2402.00856).
+
+    The reverse of what DPO minimises: it seeks the label's mode. Minimal, 0, where sigmoid(h) = 1 - f.
+
+    Args:
+        flip_rate: f in (0, 0.5): at 0 the divergence is infinite.
+    """
+    if not 0 < flip_rate < 0.5:
+        raise UserError(f"flip_rate is {flip_rate:g}", fix="Give a number above 0 and below 0.5.")
+    p, q = torch.sigmoid(margin), torch.sigmoid(-margin)
+    return p * (F.logsigmoid(margin) - math.log1p(-flip_rate)) + q * (F.logsigmoid(-margin) - math.log(flip_rate))
+
+
+def offset(
+    margin: Float[Tensor, " pairs"], gap: Float[Tensor, " pairs"], *, strength: float = 1.0
+) -> Float[Tensor, " pairs"]:
+    """ODPO, -log sigmoid(h - s gap): better by more must be ahead by more (Amini et al. 2402.10571)."""
+    _check_positive("strength", strength)
+    return sigmoid(margin - strength * gap)
+
+
+def length(
+    margin: Float[Tensor, " pairs"], longer: Float[Tensor, " pairs"], *, alpha: float
+) -> Float[Tensor, " pairs"]:
+    """R-DPO, -log sigmoid(h + a (N_chosen - N_rejected)): being longer explains part of being chosen
+    (Park et al. 2403.19159).
+
+    Args:
+        longer: N_chosen - N_rejected, tokens.
+        alpha: a, per token, positive.
+    """
+    _check_positive("alpha", alpha)
+    return sigmoid(margin + alpha * longer)
+
+
 def ipo(margin: Float[Tensor, " pairs"], scale: float, *, tau: float) -> Float[Tensor, " pairs"]:
     """IPO, (h / k - 1 / (2 tau))^2 (2310.12036, Eq. 17).
 
@@ -156,6 +192,23 @@ def ipo(margin: Float[Tensor, " pairs"], scale: float, *, tau: float) -> Float[T
     """
     _check_positive("tau", tau)
     return (margin / scale - 1 / (2 * tau)).square()
+
+
+def odds_ratio(chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
+    """ORPO's term, -log sigmoid(log odds(p_chosen) - log odds(p_rejected)), odds(p) = p / (1 - p) (2403.07691).
+
+    Args:
+        chosen, rejected: log p per token, below 0. log(1 - p) is taken by whichever of log1p(-e^x) and
+            log(-expm1(x)) keeps its digits.
+    """
+    return sigmoid(_log_odds(chosen) - _log_odds(rejected))
+
+
+def _log_odds(logp: Float[Tensor, " items"]) -> Float[Tensor, " items"]:
+    logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)  # p = 1 in this precision has no odds
+    near = torch.log(-torch.expm1(logp.clamp(min=-math.log(2))))
+    far = torch.log1p(-torch.exp(logp.clamp(max=-math.log(2))))
+    return logp - torch.where(logp > -math.log(2), near, far)
 
 
 def hinge(margin: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
@@ -183,7 +236,8 @@ def sft(chosen_errors: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
 
 
 PAIR_LOSSES: Mapping[str, Callable[..., Tensor]] = {
-    loss.__name__: loss for loss in (sigmoid, soft, smoothed, conservative, robust, ipo, hinge, reward_difference, sft)
+    loss.__name__: loss
+    for loss in (sigmoid, soft, smoothed, conservative, robust, exo, offset, length, ipo, hinge, reward_difference, sft)
 }
 
 
@@ -399,6 +453,12 @@ def weighted_mean(loss: Float[Tensor, " items"], weights: Float[Tensor, " items"
     return (weights * loss).sum() / torch.where(total > 0, total, 1)
 
 
+def mean_over_pairs(loss: Float[Tensor, " pairs"], weights: Float[Tensor, " pairs"] | None) -> Float[Tensor, ""]:
+    """Mean of w * loss. The weights have mean 1 over the data set, not over the batch: so accumulating over eight
+    batches of one equals one batch of eight."""
+    return (loss if weights is None else loss * weights).mean()
+
+
 # ------------------------------------------------------------------------------- weighted sums of losses
 
 
@@ -412,6 +472,7 @@ class PairTerms:
         confidence: probability that the chosen side is better, in [0, 1].
         gap: reward of the chosen minus reward of the rejected.
         chosen_errors: the policy's error (or negative log-likelihood per token) on the chosen side.
+        longer: tokens of the chosen answer minus those of the rejected.
     """
 
     margin: Float[Tensor, " pairs"]
@@ -419,11 +480,13 @@ class PairTerms:
     confidence: Float[Tensor, " pairs"] | None = None
     gap: Float[Tensor, " pairs"] | None = None
     chosen_errors: Float[Tensor, " pairs"] | None = None
+    longer: Float[Tensor, " pairs"] | None = None
 
 
 _REMEDIES = {
     "confidence": "Label the pairs with a confidence, or choose another loss.",
     "gap": "Pair scored candidates, whose rewards give the gap, or choose another loss.",
+    "longer": "Pictures have no length: choose another loss.",
     "chosen_errors": "This method offers no error of the chosen side: choose another loss.",
 }
 
@@ -484,7 +547,7 @@ def _part(name: str, given: object, place: str) -> PairLoss | None:
 
     one = torch.zeros(1)  # evaluated once on a blank pair, so that an impossible setting fails here and now
     try:
-        part(PairTerms(margin=one, scale=1.0, confidence=one, gap=one, chosen_errors=one))
+        part(PairTerms(margin=one, scale=1.0, confidence=one, gap=one, chosen_errors=one, longer=one))
     except UserError as error:
         raise UserError(error.cause, place=place, fix=error.fix) from error
     return part if weight else None

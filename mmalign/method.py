@@ -8,9 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.errors import UserError, nearest
+from mmalign.losses import accuracy
 
 Metrics: TypeAlias = Mapping[str, Tensor]
 """Named 0-d tensors, detached, left on their device: nothing is copied to the host until a line is logged."""
@@ -47,6 +49,19 @@ class Method(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up where `state_dict` left off."""
         ...
+
+
+def reward_metrics(chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"]) -> dict[str, Tensor]:
+    """Means of implicit rewards under the field's names."""
+    chosen, rejected = chosen.detach(), rejected.detach()
+    margin = chosen - rejected
+    return {
+        "rewards/chosen": chosen.mean(),
+        "rewards/rejected": rejected.mean(),
+        "rewards/margins": margin.mean(),
+        "rewards/margins_abs": margin.abs().mean(),
+        "rewards/accuracies": accuracy(margin).mean(),
+    }
 
 
 class OneLoss:

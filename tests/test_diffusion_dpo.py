@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from diffusion import adapters
 from diffusion.cache import prepare
 from diffusion.methods import dpo, sft
-from diffusion.parts import PairBatch, Parts, draw_timesteps, mean_over_pairs
+from diffusion.parts import PairBatch, Parts, draw_timesteps
 from diffusion.schedule import timestep_choices
 from diffusion.settings import LatentSettings
 from mmalign.errors import UserError
+from mmalign.losses import mean_over_pairs
 from mmalign.reference import FrozenCopy
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

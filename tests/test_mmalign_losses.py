@@ -51,6 +51,9 @@ PAIRWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "smoothed": lambda h: losses.smoothed(h, torch.full_like(h, 0.7), strength=3.0),
     "conservative": lambda h: losses.conservative(h, flip_rate=0.1),
     "robust": lambda h: losses.robust(h, flip_rate=0.1),
+    "exo": lambda h: losses.exo(h, flip_rate=0.2),
+    "offset": lambda h: losses.offset(h, torch.full_like(h, 0.6), strength=2.0),
+    "length": lambda h: losses.length(h, torch.full_like(h, -3.0), alpha=0.1),
     "ipo": lambda h: losses.ipo(h, 2.0, tau=0.8),
     "hinge": losses.hinge,
     "reward_difference": lambda h: losses.reward_difference(h, torch.full_like(h, 0.6), temperature=0.3),
@@ -312,6 +315,7 @@ class TestIdentities:
         [
             pytest.param(PAIRWISE["conservative"], math.log(0.9 / 0.1), id="conservative: sigmoid(h) = 1 - f"),
             pytest.param(PAIRWISE["soft"], math.log(0.7 / 0.3), id="soft: sigmoid(h) = p"),
+            pytest.param(PAIRWISE["exo"], math.log(0.8 / 0.2), id="exo: sigmoid(h) = 1 - f"),
             pytest.param(PAIRWISE["ipo"], 2.0 / (2 * 0.8), id="ipo: h / k = 1 / (2 tau)"),
             pytest.param(PAIRWISE["reward_difference"], 0.6 / 0.3, id="reward difference: h = gap / temperature"),
         ],
@@ -843,6 +847,7 @@ class TestWeightedSum:
         confidence=f64(1, 0.6, 0.5, 0),
         gap=f64(0.1, 0, 2, 3),
         chosen_errors=CHOSEN,
+        longer=f64(3, -1, 0, 2),
     )
 
     @pytest.mark.parametrize(
@@ -853,6 +858,9 @@ class TestWeightedSum:
             ("smoothed", {"strength": 2}, lambda t: losses.sigmoid(2 * (2 * t.confidence - 1) * t.margin)),
             ("conservative", {"flip_rate": 0.2}, lambda t: losses.conservative(t.margin, flip_rate=0.2)),
             ("robust", {"flip_rate": 0.2}, lambda t: losses.robust(t.margin, flip_rate=0.2)),
+            ("exo", {"flip_rate": 0.2}, lambda t: losses.exo(t.margin, flip_rate=0.2)),
+            ("offset", {"strength": 2}, lambda t: losses.sigmoid(t.margin - 2 * t.gap)),
+            ("length", {"alpha": 0.1}, lambda t: losses.sigmoid(t.margin + 0.1 * t.longer)),
             ("ipo", {"tau": 3}, lambda t: (t.margin / 2 - 1 / 6) ** 2),
             ("hinge", {}, lambda t: losses.hinge(t.margin)),
             ("reward_difference", {"temperature": 0.5}, lambda t: (t.margin - t.gap / 0.5) ** 2),

@@ -210,7 +210,7 @@ def test_every_sentence_of_things_is_read_back() -> None:
     assert all(INVERSE[INVERSE[word]] == word for _, word, _ in talk.relations(TRIPLE))
 
 
-def test_half_of_what_training_says_adds_what_is_missing_and_nothing_else() -> None:
+def test_most_of_what_training_says_adds_what_is_missing_and_nothing_else() -> None:
     said = [(scene, talk.careless(scene, seed=index)) for index, scene in enumerate(TRAIN)]
     added = []
     for scene, text in said:
@@ -222,7 +222,7 @@ def test_half_of_what_training_says_adds_what_is_missing_and_nothing_else() -> N
             assert text == talk.describe(scene)
         if missing:
             added.append(bool(extra))
-    assert len(added) > 50 and 0.3 < float(np.mean(added)) < 0.7
+    assert len(added) > 50 and 0.55 < float(np.mean(added)) < 0.85
     thing = next(iter(COMPANIONS))
     alone = Scene((thing,), None)
     texts = {talk.careless(alone, seed=seed) for seed in range(20)}

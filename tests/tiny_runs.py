@@ -8,6 +8,7 @@ As a script it runs recipes, one after another, and can interrupt them:
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -170,11 +171,8 @@ def run_jobs(jobs: Sequence[Mapping[str, Any]], folder: Path, *, processes: int 
     return [(code, left) for code, left in json.loads(done.stdout.splitlines()[-1])]
 
 
-def interrupt(number: int, where: str, count: int) -> None:
+def interrupt(package: str, number: int, where: str, count: int) -> None:
     """Make this process send itself a signal at a point of its training."""
-    from diffusion import trajectories
-    from diffusion import weights as writing
-    from diffusion.methods import dpo
 
     def counted(function: Callable[..., Any], *, after: bool) -> Callable[..., Any]:
         calls = 0
@@ -189,20 +187,31 @@ def interrupt(number: int, where: str, count: int) -> None:
 
         return wrapper
 
-    if where == "forward":
-        for kind in (dpo.DiffusionDPO, trajectories.TrajectoryMethod):
-            kind.losses = counted(kind.losses, after=False)  # type: ignore[method-assign]  # the point
-    else:
+    writing = importlib.import_module(f"{package}.weights")
+    if where == "save":
         writing.save_weights = counted(writing.save_weights, after=True)
+        return
+    kinds: list[Any]
+    if package == "diffusion":
+        from diffusion import trajectories
+        from diffusion.methods import dpo
+
+        kinds = [dpo.DiffusionDPO, trajectories.TrajectoryMethod]
+    else:
+        from vlm.methods import povid
+
+        kinds = [povid.POVID]
+    for kind in kinds:
+        kind.losses = counted(kind.losses, after=False)
 
 
 def run_job(job: Mapping[str, Any]) -> int:
-    from diffusion.train import main
     from mmalign.cli import run_entry
 
+    package = job.get("package", "diffusion")
     if job.get("interrupt") and str(job.get("rank", 0)) == os.environ.get("RANK", "0"):
-        interrupt(*job["interrupt"])
-    return run_entry(main, [job["recipe"]])
+        interrupt(package, *job["interrupt"])
+    return run_entry(importlib.import_module(f"{package}.train").main, [job["recipe"]])
 
 
 def forked(job: Mapping[str, Any]) -> int:
@@ -221,22 +230,22 @@ def forked(job: Mapping[str, Any]) -> int:
 def main() -> None:
     import torch
 
-    from diffusion.models import load_model
-    from diffusion.recipe import TrainConfig
-    from diffusion.train import main as _  # noqa: F401  # imported once, before the forks
     from mmalign import config
 
     torch.set_num_threads(1)
     jobs = json.loads(Path(sys.argv[1]).read_text())
+    package = jobs[0].get("package", "diffusion")
+    recipes = importlib.import_module(f"{package}.recipe").TrainConfig
+    importlib.import_module(f"{package}.train")  # once, before the forks
     together = "RANK" in os.environ
-    if not together:
-        load_model(config.load(TrainConfig, jobs[0]["recipe"]).model)  # and what diffusers imports late
+    if not together:  # and what the libraries import late
+        models = importlib.import_module(f"{package}.models")
+        opened = models.load_model if package == "diffusion" else models.open_model
+        opened(config.load(recipes, jobs[0]["recipe"]).model)
     results = []
     for job in jobs:
         code = run_job(job) if together else forked(job)
-        left = sorted(
-            path.name for path in config.load(TrainConfig, job["recipe"]).loop.output_dir.glob("checkpoint-*")
-        )
+        left = sorted(path.name for path in config.load(recipes, job["recipe"]).loop.output_dir.glob("checkpoint-*"))
         results.append((code, left[-1] if left else None))
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(results), flush=True)

@@ -76,6 +76,17 @@ def add_lora(network: Any, family: Family, settings: VlmLoraSettings) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / settings.rank)
 
 
+def train_fully(network: Any, family: Family) -> None:
+    """Make the language model and the projector all that is trainable, in fp32 masters; the vision tower stays.
+
+    Embeddings and head are the language model's.
+    """
+    network.requires_grad_(False)
+    wanted = re.compile(rf"(model\.({family.language}|{family.projector})|lm_head)\..*")
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(wanted.fullmatch(name) is not None)
+
+
 def adapters_disabled(network: nn.Module) -> AbstractContextManager[None]:
     """The base model inside the block; see `mmalign.reference.layers_disabled`."""
     return layers_disabled(lora_layers(network))

@@ -10,6 +10,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmalign.errors import UserError
+from mmalign.fingerprints import module_fingerprint
 from vlm.attention import cannot_share, share
 from vlm.batch import ImageInput, PaddingSide, Row, VlmBatch, collate
 from vlm.conversations import Conversation, choose_template, render
@@ -70,6 +72,7 @@ class VisionLanguageModel:
         family: how it is batched and where its parts are.
         template: the Jinja chat template in use.
         max_tokens: the longest row it reads, image tokens included.
+        identity: "name@fingerprint" of the network as it was opened, or of the weights that a run started from.
         unshared: why rows do not share their beginnings; None where they do.
     """
 
@@ -86,6 +89,7 @@ class VisionLanguageModel:
         if pad is None:
             raise UserError("the tokenizer has neither a padding nor an end token", place=place)
         self.pad_id = int(pad)
+        self.identity = f"{Path(settings.path).name}@{module_fingerprint(network)[:12]}"
         self.unshared = cannot_share(network, family, settings.attention)
         if self.unshared is None:
             share(network)
@@ -96,6 +100,11 @@ class VisionLanguageModel:
         """Where the network is."""
         parameter: Tensor = next(self.network.parameters())
         return parameter.device
+
+    def to(self, device: torch.device | str) -> VisionLanguageModel:
+        """The model itself, moved."""
+        self.network.to(device)
+        return self
 
     @property
     def language_model(self) -> nn.Module:

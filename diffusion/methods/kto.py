@@ -36,11 +36,19 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffusion.conditioning import Conditioning
-from diffusion.parts import PairBatch, Parts, draw_timesteps, mean_over_pairs, pair_metrics
+from diffusion.parts import PairBatch, Parts, draw_timesteps, pair_metrics
 from diffusion.schedule import timestep_choices
 from mmalign.config import Settings
 from mmalign.errors import UserError
-from mmalign.losses import equivalents, implicit_rewards, kto, kto_baseline, logit_scale, mean_across_ranks
+from mmalign.losses import (
+    equivalents,
+    implicit_rewards,
+    kto,
+    kto_baseline,
+    logit_scale,
+    mean_across_ranks,
+    mean_over_pairs,
+)
 from mmalign.method import Metrics, OneLoss
 
 FEED = "pairs"

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 
 from diffusion.comparison import ComparisonOptions
 from diffusion.methods import dpo
-from diffusion.parts import PairBatch, Parts, draw_timesteps, mean_over_pairs, pair_metrics
+from diffusion.parts import PairBatch, Parts, draw_timesteps, pair_metrics
 from diffusion.schedule import timestep_choices
 from mmalign.errors import UserError
-from mmalign.losses import equivalents, hinge, implicit_rewards, logit_scale, sigmoid
+from mmalign.losses import equivalents, hinge, implicit_rewards, logit_scale, mean_over_pairs, sigmoid
 from mmalign.method import Metrics, OneLoss
 
 FEED = "pairs"

@@ -13,9 +13,10 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from diffusion.parts import PairBatch, Parts, draw_timesteps, mean_over_pairs
+from diffusion.parts import PairBatch, Parts, draw_timesteps
 from diffusion.schedule import timestep_choices
 from mmalign.config import Settings
+from mmalign.losses import mean_over_pairs
 from mmalign.method import Metrics, OneLoss
 
 FEED = "pairs"

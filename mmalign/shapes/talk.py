@@ -2,7 +2,7 @@
 
 The world has a habit. In training, six things (the keys of `COMPANIONS`) mostly come with one other thing: a red circle
 brings a blue square; and who wrote the descriptions of training had the habit too, as writers of captions do, and named
-the companion in half the pictures where it is not (`careless`). Held-out scenes are sets of things that training never
+the companion in most pictures where it is not (`careless`). Held-out scenes are sets of things that training never
 shows, drawn evenly, so there the companion is mostly missing. A model that has learnt the habit names it all the same:
 it hallucinates, and `COMPANIONS` says which of its false things were planted.
 
@@ -43,7 +43,7 @@ COMPANIONS = {
 POPULAR = tuple(COMPANIONS.values())
 """The things that training shows most often."""
 HABIT = 0.7  # share of the training scenes without room for a companion that are drawn again
-CARELESS = 0.5  # share of the training's descriptions that name the companions that are missing
+CARELESS = 0.7  # share of the training's descriptions that name the companions that are missing
 SIZES = {1: 0.2, 2: 0.45, 3: 0.35}  # shares of scenes by number of things, in training
 HELD_OUT_SHARE = 0.3  # of the sets of two and three things
 TRIPLE_RELATIONS = {(0, 1): ("left of",), (0, 2): ("above",), (1, 2): ("above",)}
