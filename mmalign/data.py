@@ -4,6 +4,7 @@ mmalign data check PATH                 every wrong row of a store or a source; 
 mmalign data stats PATH                 counts, ties, gaps, duplicates, what leaks between splits
 mmalign data import SOURCE --out STORE  any known format or a folder of pictures into a store
 mmalign data pair STORE --out FILE      the pairs that training would see, as JSON lines
+mmalign data make RECIPE                a vision-language recipe's store, as its `make` section says
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, TypeVar, get_args
 import numpy as np
 from tqdm import tqdm
 
-from mmalign.cli import Parser, run_entry
+from mmalign.cli import Parser, resolve, run_entry
 from mmalign.errors import UserError
 from mmalign.importers import IMPORTERS, ImportOptions, detect, read, scan
 from mmalign.pairing import Pairing, PairingSummary, Strategy, Ties, compare_votes, make_pairs, write_pairs
@@ -37,7 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         UserError: a mistake in the data or the command.
     """
-    arguments = _parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["make"]:  # by name: the core imports no package that stands on it
+        return int(resolve("vlm.making:main")(given[1:]) or 0)
+    arguments = _parser().parse_args(given)
     return int(arguments.run(arguments))
 
 
@@ -90,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     pair.add_argument("--threshold", type=float, help="unpaired: desirable from this score on (default: the middle)")
     pair.add_argument("--seed", type=int, default=0)
     pair.set_defaults(run=_pair)
+
+    verbs.add_parser("make", help="make the store that a vision-language recipe describes")
     return parser
 
 

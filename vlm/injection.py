@@ -332,14 +332,14 @@ class Injector:
         if false is None:
             return []
         work.said.add(false)
-        at = lists[generator.integers(len(lists))].first.span[1]
+        at = lists[int(generator.integers(len(lists)))].first.span[1]
         return [Edit(kind="addition", start=at, end=at, old="", new=f", {with_article(false)}")]
 
     def _left_out(
         self, answer: str, work: _Work, lists: Sequence[_Joint], generator: np.random.Generator
     ) -> list[Edit]:
         """A true thing less in one of the answer's lists."""
-        joint = lists[generator.integers(len(lists))]
+        joint = lists[int(generator.integers(len(lists)))]
         work.touched.add(joint.first.span)
         return [_edit("omission", answer, joint.cut, "")]
 
@@ -354,7 +354,7 @@ class Injector:
         weights = self.table.weights(self._things, present)
         # The largest log weight with Gumbel noise is a draw by weight; if that is there, the next largest, and so on.
         for index in np.argsort(-(np.log(weights) + generator.gumbel(size=len(weights))), kind="stable"):
-            thing = self._things[index]
+            thing: str = self._things[index]
             if thing not in work.said and not truth.has(*_noun_and_colour(thing, self.vocabulary)):
                 return thing
         return None
