@@ -18,6 +18,7 @@ from huggingface_hub import errors
 from safetensors import SafetensorError
 
 from mmalign.errors import UserError
+from mmalign.shapes import TALKING, model_folder
 from vlm.families import FAMILIES, Family, configure
 from vlm.settings import VlmModelSettings
 
@@ -34,7 +35,7 @@ def open_network(settings: VlmModelSettings, *, dtype: torch.dtype) -> tuple[Any
         UserError: no such folder or hub model, not in the local cache while offline, a kind that is not supported,
             weights missing or not safetensors, or a processor that does not belong to the model.
     """
-    source, place = settings.path, f"model.path: {settings.path}"
+    source, place = located(settings.path), f"model.path: {settings.path}"
     family = FAMILIES[_model_type(settings, place)]
     if Path(source).is_dir():
         _check_weights(Path(source), place)
@@ -74,6 +75,11 @@ def open_network(settings: VlmModelSettings, *, dtype: torch.dtype) -> tuple[Any
     return network, processor, family
 
 
+def located(path: str) -> str:
+    """Folder or hub id behind `model.path`: models that come along have a name."""
+    return str(model_folder(TALKING[path])) if path in TALKING else path
+
+
 def _offline(settings: VlmModelSettings) -> bool:
     return settings.offline or bool(huggingface_hub.constants.HF_HUB_OFFLINE)
 
@@ -85,7 +91,7 @@ def _reason(error: Exception) -> str:
 
 def _model_type(settings: VlmModelSettings, place: str) -> str:
     """The model type that config.json names, if it is one we know."""
-    source = settings.path
+    source = located(settings.path)
     path = Path(source) / "config.json"
     if Path(source).is_file():
         raise UserError("this is a file, not a model's folder", place=place)

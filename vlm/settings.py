@@ -12,7 +12,7 @@ from mmalign.config import Settings
 class VlmModelSettings(Settings):
     """Which model, and how it is run."""
 
-    path: str = Field(min_length=1, description="a folder of transformers, or a hub id")
+    path: str = Field(min_length=1, description="a folder of transformers, a hub id, or shapes-vlm, which comes along")
     revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
     dtype: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="of all weights that are not trained")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(

@@ -30,7 +30,10 @@ MODELS = {
 }
 """By the name that `model.path` gives them."""
 
+TALKING = {"shapes-vlm": "vlm"}
+"""Vision-language models that come along, by the name that `model.path` gives them: their folders."""
+
 
 def model_folder(name: str) -> Path:
-    """Folder of an embedded model: `t2i` and what lies over it (diffusers), or `clip` (a transformers CLIP)."""
+    """Folder of an embedded model: `t2i` and what lies over it (diffusers), `clip` or `vlm` (transformers)."""
     return Path(__file__).parent / "models" / name
