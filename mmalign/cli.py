@@ -94,7 +94,8 @@ def _explain(missing: ModuleNotFoundError, module: str) -> UserError:
 
 
 def _extra(package: str) -> str:
-    extra = {"gradio": "arena", "fastapi": "arena", "uvicorn": "arena", "scipy": "dev", "skimage": "dev"}.get(package, package)
+    brought = {"gradio": "arena", "fastapi": "arena", "uvicorn": "arena", "scipy": "dev", "skimage": "dev"}
+    extra = brought.get(package, package)
     if extra in ("xformers", "wandb", "bitsandbytes", "arena", "dev"):
         return f"Install it with: pip install -e '.[{extra}]'."
     return "Install mmalign again, with its dependencies."
