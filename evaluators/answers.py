@@ -160,7 +160,7 @@ def sentences(report: AnswerReport) -> list[str]:
     pictures = f"n {report.pictures} held-out pictures"
     said = _went(chair)
     if not chair.certain:
-        first = f"No effect was found: o{pictures} {label} took the share of descriptions with a false thing {said}."
+        first = f"No effect was found: o{pictures} the share of {label}'s descriptions with a false thing went {said}."
     elif (chair.value or 0) < 0:
         first = f"O{pictures} {label} lowered the share of descriptions that name a false thing {said}."
     else:
@@ -186,6 +186,8 @@ def sentences(report: AnswerReport) -> list[str]:
 def _went(change: Change) -> str:
     if change.base is None or change.tuned is None or change.ci95 is None or change.value is None:
         return "nowhere: one of the models names nothing"
+    if change.value == 0 and change.ci95[0] == change.ci95[1]:
+        return f"nowhere: it is {percent(change.tuned)} before and after, picture by picture"
     moved = f"a change of {signed(change.value)} points ({interval(change.ci95, signed)})"
     chance = "" if change.certain else ", which may be chance"
     return f"from {percent(change.base)} to {percent(change.tuned)}, {moved}{chance}"

@@ -116,7 +116,7 @@ def _shown(report: AnswerReport) -> str:
     return (
         "<section><h2>Answers before and after</h2>"
         '<p class="quiet">The first of the held-out pictures, none chosen by its result. '
-        '<mark class="right">Green</mark> is there, <mark class="wrong">red</mark> is not.</p>'
+        '<mark class="right">Green</mark> is right, <mark class="wrong">red</mark> is wrong.</p>'
         f"{''.join(_one(report, shown) for shown in report.shown)}</section>"
     )
 
