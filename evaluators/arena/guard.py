@@ -14,7 +14,6 @@ import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
 from typing import Any
-from urllib.parse import urlsplit
 
 from evaluators.arena.votes import RATER
 
@@ -32,6 +31,7 @@ _NEEDED = re.compile(
     r"/|/config/?|/theme\.css|/favicon\.ico|/manifest\.json|/(?:assets|static|svelte)/[A-Za-z0-9_./-]+"
     r"|/gradio_api/(?:component_server/?|heartbeat/[a-z0-9]+|theme\.css|app_id|startup-events)"
 )
+_HOST = re.compile(r"(?:(?P<name>[A-Za-z0-9._-]+)|\[(?P<six>[0-9A-Fa-f:.]+)\])(?::\d+)?")
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data:; font-src 'self' data:; connect-src 'self'; object-src 'none'; base-uri 'self'; "
@@ -99,7 +99,7 @@ class Guard:
         if self.hosts is not None and _name(host) not in self.hosts:
             return 421, "This is not the name of this server."
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin.partition("://")[2] != host:
             return 403, "Requests from other sites are refused."
         if self.password is not None and self._rater(headers) is None:
             return 401, "Your name and the password, please."
@@ -126,8 +126,9 @@ class Guard:
 
 
 def _name(host: str) -> str:
-    """The name in a Host header, without its port."""
-    return urlsplit(f"//{host}").hostname or "" if host else ""
+    """The name in a Host header, without its port and the brackets of an IPv6 address; empty where there is none."""
+    match = _HOST.fullmatch(host)
+    return (match["name"] or match["six"]).lower() if match else ""
 
 
 async def _body(receive: Receive, headers: dict[str, str]) -> bytes | None:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from evaluators.arena.standings import Standings, standings
 from evaluators.arena.trials import Entry, Sources, Trial, choose, left_of, read_programme
@@ -44,7 +44,7 @@ class Arena:
         self.store = VoteStore.open(votes)
         self._keep()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Arena:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
