@@ -170,7 +170,7 @@ def as_pipeline(vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, schedule
     )
 
 
-def build_base(out: Path, vae_folder: Path, *, steps: int, batch: int, seed: int) -> None:
+def build_base(out: Path, vae: Path, *, steps: int, batch: int, seed: int) -> None:
     """Train UNet and text encoder together to predict the noise on cached latents; write the whole pipeline.
 
     A tenth of the captions are emptied so that guidance has an unconditional branch. Timesteps lean towards high
@@ -181,7 +181,7 @@ def build_base(out: Path, vae_folder: Path, *, steps: int, batch: int, seed: int
     """
     from diffusers import AutoencoderKL
 
-    pipeline = new_pipeline(AutoencoderKL.from_pretrained(vae_folder), seed)
+    pipeline = new_pipeline(AutoencoderKL.from_pretrained(vae), seed)
     unet, text_encoder, tokenizer = pipeline.unet, pipeline.text_encoder, pipeline.tokenizer
     unet.to(memory_format=torch.channels_last)
     drawn = scenes.draw_scenes(60_000, split="train", seed=seed + 1)
@@ -274,35 +274,3 @@ def save_pipeline(pipeline: Any, out: Path) -> None:
     pipeline.tokenizer.save_pretrained(out / "tokenizer")
     pipeline.scheduler.save_pretrained(out / "scheduler")
     pipeline.save_config(out)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`mmalign build vae|base|4step|clip --out FOLDER`."""
-    from diffusion.distill import build_4step
-    from evaluators.build_clip import build_clip
-    from mmalign.cli import Parser
-
-    parser = Parser(prog="mmalign build", description=__doc__)
-    parts = parser.add_subparsers(dest="part", required=True)
-    for part, steps, batch in (("vae", 4500, 16), ("base", 4000, 32), ("4step", 4000, 32), ("clip", 2400, 32)):
-        one = parts.add_parser(part)
-        one.add_argument("--out", type=Path, required=True, help="folder to write")
-        one.add_argument("--steps", type=int, default=steps)
-        one.add_argument("--batch", type=int, default=batch)
-        one.add_argument("--seed", type=int, default=0)
-        if part == "base":
-            one.add_argument("--vae", type=Path, required=True, help="folder of a built autoencoder")
-        if part == "4step":
-            one.add_argument("--base", type=Path, default=shapes.model_folder("t2i"), help="folder of the teacher")
-            one.add_argument("--samples", type=int, default=16_000, help="teacher's answers to learn from")
-    said = parser.parse_args(argv)
-    common = {"steps": said.steps, "batch": said.batch, "seed": said.seed}
-    if said.part == "vae":
-        build_vae(said.out, **common)
-    elif said.part == "base":
-        build_base(said.out, said.vae, **common)
-    elif said.part == "4step":
-        build_4step(said.out, said.base, samples=said.samples, **common)
-    else:
-        build_clip(said.out, **common)
-    return 0

@@ -43,7 +43,7 @@ VERBS = {
     "compare": Verb("evaluators.compare:main", "two or more score files: win rates, intervals, tests, ranking"),
     "export": Verb("diffusion.export:main", "write weights in another tool's layout and prove that they act"),
     "bench": Verb("mmalign.bench:main", "all methods side by side on an embedded world, with intervals"),
-    "build": Verb("diffusion.build:main", "rebuild the embedded models from their seeds"),
+    "build": Verb("mmalign.build:main", "rebuild the embedded models from their seeds"),
     "scorers": Verb("evaluators.listing:main", "what there is to score with, and where its weights are looked for"),
     "doctor": Verb("mmalign.doctor:main", "print versions, devices, extras and packages that are in the way"),
 }

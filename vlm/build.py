@@ -1,4 +1,4 @@
-"""Rebuilds the embedded vision-language model: `python -m vlm.build --out FOLDER`.
+"""Rebuilds the embedded vision-language model: `mmalign build vlm --out FOLDER`.
 
 The result is an ordinary LLaVA folder (CLIP vision tower, two-layer projector, Llama, `LlavaProcessor` with a chat
 template) that `AutoModelForImageTextToText` and `AutoProcessor` open. As LLaVA does, it starts from a trained CLIP
@@ -15,7 +15,6 @@ import copy
 import json
 import math
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -433,23 +432,3 @@ def build_vlm(out: Path, *, steps: int, batch: int, seed: int, size: Size | None
     save(model, processor, out)
     found = report(model, processor, count=size.final, seed=0, pope=True)
     print(json.dumps({"step": steps, **{name: one.as_json() for name, one in found.items()}}), flush=True)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`python -m vlm.build --out FOLDER`."""
-    from mmalign.cli import Parser
-
-    parser = Parser(prog="python -m vlm.build", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
-    said = parser.parse_args(argv)
-    build_vlm(said.out, steps=said.steps, batch=said.batch, seed=said.seed)
-    return 0
-
-
-if __name__ == "__main__":
-    from mmalign.cli import run_entry
-
-    sys.exit(run_entry(main))
