@@ -19,7 +19,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmalign import shapes
 from mmalign.progress import progress
 from mmalign.shapes import render, scenes, words
 
