@@ -218,10 +218,12 @@ def test_refilled_pairs_describe_the_retrieved_picture(
 ) -> None:
     options = {"count": 50, "questions": 1, "index": str(tmp_path / "index.safetensors")}
     records = made("refilled", lambda: model, **options)
-    assert len(records) > 70
+    assert len(records) > 50
     assert f"{len(records)} answers are filled from similar pictures" in capsys.readouterr().err
     prompts = Counter(record.prompt == talk.DESCRIBE for record in records)
-    assert prompts[True] > 20 and prompts[False] > 30
+    assert prompts[True] > 20 and prompts[False] > 20
+    answers = Counter(record.candidates[0].text for record in records)
+    assert answers["yes"] == answers["no"] > 10  # nothing teaches to say yes
     for record in records:
         chosen, rejected = record.candidates
         (retrieved,) = rejected.media or ()

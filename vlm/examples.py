@@ -234,6 +234,23 @@ def scene_of(context: Mapping[str, Any], place: str) -> Scene | None:
     return Scene(things, relation)
 
 
+def evened(records: Sequence[Record]) -> list[Record]:
+    """The records of pairs, those whose true answer is a bare yes as many as those of a bare no.
+
+    Of the more frequent ones the last are left out: pairs in which yes mostly wins would teach to say yes.
+    """
+    answers = [(record.candidates[0].text or "").strip(" .!").lower() for record in records]
+    room = dict.fromkeys(("yes", "no"), min(answers.count("yes"), answers.count("no")))
+    kept = []
+    for record, answer in zip(records, answers, strict=True):
+        if answer in room:
+            if not room[answer]:
+                continue
+            room[answer] -= 1
+        kept.append(record)
+    return kept
+
+
 # ------------------------------------------------------------------------------------------------ other data
 
 

@@ -1,6 +1,7 @@
 """POVID, stage 1: the true answer wins over itself with hallucinations put into it.
 
-By rules that follow the habits of the data (`vlm.injection`), or by a model that is asked for mistakes.
+By rules that follow the habits of the data (`vlm.injection`), or by a model that is asked for mistakes. As many answers
+of yes are kept as of no.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from mmalign.progress import progress
 from mmalign.randomness import key_seed
 from mmalign.records import Candidate, Record
 from vlm.annotators import Request, ask, open_annotator
-from vlm.examples import Example, SourceSettings, is_false, read_examples, true_answers
+from vlm.examples import Example, SourceSettings, evened, is_false, read_examples, true_answers
 from vlm.injection import CoOccurrence, Injector, SaidTruth, SceneTruth, injection_prompt
 from vlm.models import VisionLanguageModel
 from vlm.wording import SHAPES_WORLD, Vocabulary, english, learn_nouns
@@ -42,11 +43,11 @@ class Options(SourceSettings):
 def records(options: Options, model: Callable[[], VisionLanguageModel]) -> Iterator[Record]:
     """A record for each answer in which something could be made false."""
     examples = read_examples(options)
-    made = 0
-    for record in _by_rules(options, examples) if options.annotator is None else _by_model(options, examples, model):
-        made += 1
-        yield record
-    print(f"mmalign: {made} answers have hallucinations injected, {len(examples) - made} are left out", file=sys.stderr)
+    made = _by_rules(options, examples) if options.annotator is None else _by_model(options, examples, model)
+    kept = evened(list(made))
+    yield from kept
+    left = len(examples) - len(kept)
+    print(f"mmalign: {len(kept)} answers have hallucinations injected, {left} are left out", file=sys.stderr)
 
 
 def vocabulary_of(examples: list[Example]) -> Vocabulary:

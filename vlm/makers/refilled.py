@@ -6,7 +6,8 @@ first; the masks are filled by what that picture shows. A filled answer is accep
     similarity(true answer, filled answer) < tau,
 
 else the next picture is tried; an example without an acceptable one is left out. The rejected side has the filled
-answer and the retrieved picture.
+answer and the retrieved picture. A similar picture changes a yes into a no more often than a no into a yes, so the
+surplus is left out as well.
 
 Who fills: a model that looks at the retrieved picture, or, in the shapes world, a rule that describes it truly.
 """
@@ -28,7 +29,7 @@ from mmalign.records import Candidate, Record
 from mmalign.shapes import talk
 from mmalign.shapes.scenes import Scene
 from vlm.annotators import Request, ask, open_annotator
-from vlm.examples import Example, SourceSettings, answer_about, is_false, read_examples
+from vlm.examples import Example, SourceSettings, answer_about, evened, is_false, read_examples
 from vlm.fingerprints import model_identity
 from vlm.makers.injected import vocabulary_of
 from vlm.masking import MASK, Masked, mask, masking_prompt, read_masked, refill_prompt
@@ -101,9 +102,10 @@ def records(options: Options, model: _Opener) -> Iterator[Record]:
         waiting = [number for number in tries if number not in accepted]
         if not waiting:
             break
-    yield from (accepted[number] for number in sorted(accepted))
-    left = len(examples) - len(accepted)
-    print(f"mmalign: {len(accepted)} answers are filled from similar pictures, {left} are left out", file=sys.stderr)
+    kept = evened([accepted[number] for number in sorted(accepted)])
+    yield from kept
+    left = len(examples) - len(kept)
+    print(f"mmalign: {len(kept)} answers are filled from similar pictures, {left} are left out", file=sys.stderr)
 
 
 def _record(one: _Try, text: str, made: dict[str, Any]) -> Record:
