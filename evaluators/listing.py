@@ -67,7 +67,7 @@ def _looked_for(one: Weights) -> str:
     file = f"/{one.file}" if one.file else ""
     own = weights.places(one)
     below = str(own[0]) if own else f"${weights.FOLDER}/{one.name}{file}"
-    return f"{below}, or {one.repo}{file} in the hub cache"
+    return below if one.page is not None else f"{below}, or {one.repo}{file} in the hub cache"
 
 
 def summary() -> str:

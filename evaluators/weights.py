@@ -41,8 +41,9 @@ class Weights:
 
     Attributes:
         name: of their folder below the folder of weights.
-        repo: owner/name on the hub.
+        repo: owner/name on the hub, or where `page` is.
         file: the one file of it that is meant; None: the folder of a model.
+        page: where they are published when that is not the hub: they are never downloaded from here.
         gigabytes: about, of the download; None where the user named the repo.
         licence: as its publisher says.
     """
@@ -50,13 +51,15 @@ class Weights:
     name: str
     repo: str
     file: str | None = None
+    page: str | None = None
     gigabytes: float | None = None
     licence: str = "see its page"
 
     @property
     def described(self) -> str:
         """Name, source, size and licence in a few words."""
-        what = f"{self.file} of {self.repo}" if self.file else self.repo
+        source = self.page or self.repo
+        what = f"{self.file} of {source}" if self.file else source
         size = ""
         if self.gigabytes is not None:
             many, unit = (self.gigabytes, "GB") if self.gigabytes >= 0.1 else (self.gigabytes * 1000, "MB")
@@ -117,12 +120,13 @@ def find(weights: Weights, given: str | None = None, *, download: bool = False) 
     found = local(weights)
     if found is not None:
         return found
-    if not may_download(download):
-        looked = [*map(str, places(weights)), "the hub cache"] if places(weights) else ["the hub cache"]
+    if weights.page is not None or not may_download(download):
+        looked = [str(place) for place in places(weights)] + (["the hub cache"] if weights.page is None else [])
+        allow = f", or allow the download: {ALLOW}=1" if weights.page is None else ""
         raise UserError(
             f"the weights of {weights.name} are not here: {weights.described}",
-            place=f"looked for {', '.join(looked)}",
-            fix=f"Give their path, put them below ${FOLDER}/{weights.name}, or allow the download: {ALLOW}=1.",
+            place=f"looked for {', '.join(looked)}" if looked else f"${FOLDER} is not set",
+            fix=f"Give their path, or put them into ${FOLDER}/{weights.name}{allow}.",
         )
     return _download(weights)
 
@@ -132,6 +136,8 @@ def _is_there(place: Path, weights: Weights) -> bool:
 
 
 def _in_cache(weights: Weights) -> Path | None:
+    if weights.page is not None:
+        return None
     import huggingface_hub
 
     found = huggingface_hub.try_to_load_from_cache(weights.repo, weights.file or "config.json")

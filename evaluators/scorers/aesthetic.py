@@ -30,6 +30,7 @@ HEAD = Weights(
     name="aesthetic",
     repo="christophschuhmann/improved-aesthetic-predictor",
     file="sac+logos+ava1-l14-linearMSE.pth",
+    page="https://github.com/christophschuhmann/improved-aesthetic-predictor",
     gigabytes=0.0037,
     licence="Apache-2.0",
 )
