@@ -269,7 +269,7 @@ def test_a_browser_draws_the_page(demo: Path, tmp_path: Path) -> None:
 
 def suite(world: Path, **changes: Any) -> Path:
     recipe = str(world / "tiny.yaml")
-    content = {
+    content: dict[str, Any] = {
         "seeds": [0, 1],
         "exam": {"count": 4, "batch_size": 32},
         "arms": {
@@ -278,6 +278,7 @@ def suite(world: Path, **changes: Any) -> Path:
             "blank": {"label": "blank", "recipe": recipe, "set": ["data.blank_images=true"], "control": True},
         },
     }
+    content["arms"]["blank"]["against"] = "one"
     file = world / "suite.yaml"
     file.write_text(yaml.safe_dump({**content, **changes}, sort_keys=False))
     return file
@@ -313,13 +314,15 @@ def test_the_suite_trains_judges_and_goes_on(
     assert len(list((tmp_path / "bases").iterdir())) == len(list((tmp_path / "pairs").iterdir())) == 1
     table = (tmp_path / "table.md").read_text()
     assert "| both stages |" in table and "| blank (control) |" in table
+    assert "\nblank against stage one: false descriptions" in table
+    assert [line["against"] for line in lines] == [None, None, "stage one"]
     capsys.readouterr()
     other = ["bench", "hallucination", "--suite", str(suite(world, exam={"count": 5})), "--out", str(tmp_path)]
     assert main(other) == 2
     assert "another exam" in capsys.readouterr().err
 
 
-def test_the_suite_that_ships_is_one() -> None:
+def test_the_suite_that_ships_is_one(tmp_path: Path) -> None:
     from mmalign import config
 
     settings = config.load(tournament.SuiteSettings, "bench/hallucination")
@@ -327,7 +330,13 @@ def test_the_suite_that_ships_is_one() -> None:
     controls = {name for name, arm in settings.arms.items() if arm.control}
     assert controls == {"shuffled", "blank"}
     assert {"sft", "dpo", "povid_stage1", "povid", "realign_rdpo", "mdpo"} <= set(settings.arms)
-    assert arms.ordered({name: arm.set for name, arm in settings.arms.items()}).index("povid") > 0
+    runs = list(tournament.planned(settings, tmp_path, [], settings.seeds))  # every arm's recipe loads
+    assert len(runs) == 3 * len(settings.arms)
+    first, second = tournament.waves(runs)
+    assert {run.arm for run in second} == {"povid"} and len(first) + len(second) == len(runs)
+    by_arm = {run.arm: run.config() for run in runs}
+    assert by_arm["povid"].method.options()["stage"] == 2
+    assert by_arm["povid"].data.path == by_arm["mdpo"].data.path != by_arm["dpo"].data.path
 
 
 def test_pictures_of_an_exam_are_those_of_the_world() -> None:

@@ -41,6 +41,7 @@ LABELS = {
     "mdpo": "mDPO",
     "orpo": "ORPO",
     "simpo": "SimPO",
+    "words": "DPO on the words alone",
     "shuffled": "control: shuffled labels",
     "blank": "control: blank pictures",
 }

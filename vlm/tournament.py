@@ -36,6 +36,7 @@ class ArmSettings(Settings):
     label: str = Field(description="in the table")
     recipe: str = Field(description="a recipe, by name or file")
     set: tuple[str, ...] = Field((), description="key=value on top; loop.init_from=arm:NAME starts where NAME ended")
+    against: str | None = Field(None, description="another arm, on the same pairs, that it is set against too")
     control: bool = Field(False, description="should teach nothing")
 
 
@@ -101,9 +102,12 @@ def planned(settings: SuiteSettings, out: Path, only: Sequence[str], seeds: Sequ
     """All runs of a suite, or those of some arms and of what they start from.
 
     Raises:
-        UserError: no such arm, or one starts from one that is not there.
+        UserError: no such arm, or one starts from, or is set against, one that is not there.
     """
     words = {name: arm.set for name, arm in settings.arms.items()}
+    for name, arm in settings.arms.items():
+        if arm.against is not None and arm.against not in words:
+            raise UserError(f"no arm '{arm.against}'", place=f"arms.{name}.against", fix=nearest(arm.against, words))
     for name in only:
         if name not in words:
             raise UserError(f"the suite has no '{name}'", place="--only", fix=nearest(name, words))
@@ -191,6 +195,12 @@ def summary(settings: SuiteSettings, runs: Sequence[Run], out: Path) -> Iterator
         bases = [read_tallies(settings, base_file(out, run.config())) for run in own]
         tuned = [read_tallies(settings, run.folder / RESULT) for run in own]
         moved = changes(added(bases), added(tuned))
+        others = [run for run in runs if run.arm == about.against]
+        over = (
+            changes(added([read_tallies(settings, run.folder / RESULT) for run in others]), added(tuned))
+            if others
+            else {}
+        )
         costs = [read_json(run.folder / COST) for run in own]
         yield {
             "arm": name,
@@ -202,6 +212,8 @@ def summary(settings: SuiteSettings, runs: Sequence[Run], out: Path) -> Iterator
                 {key: one.as_json() for key, one in changes(base, after).items() if key in ("chair_s", "recall")}
                 for base, after in zip(bases, tuned, strict=True)
             ],
+            "against": settings.arms[others[0].arm].label if others else None,
+            "over": {key: one.as_json() for key, one in over.items()},
             "cured": cured(moved),
             "seconds": sum(cost["seconds"] for cost in costs) / len(costs),
             "peak_gb": max(cost["peak_gb"] for cost in costs),
@@ -232,7 +244,16 @@ def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
         sight = f"{found['sight'].tuned:.2f}, {_moved(found['sight'], 1, 2)}"
         label = line["label"] + (" (control)" if line["control"] else "")
         table.append([label, *cells, sight, f"{line['seconds']:.0f}", f"{line['peak_gb']:.2f}"])
-    return "".join("| " + " | ".join(row) + " |\n" for row in table)
+    text = "".join("| " + " | ".join(row) + " |\n" for row in table)
+    for line in lines:
+        if line["against"]:
+            over = {key: Change(**_change(line["over"][key])) for key in ("chair_s", "recall", "sight")}
+            text += (
+                f"\n{line['label']} against {line['against']}: "
+                f"false descriptions {_moved(over['chair_s'], 100, 1)} points, "
+                f"recall {_moved(over['recall'], 100, 1)}, sight {_moved(over['sight'], 1, 2)} nats.\n"
+            )
+    return text
 
 
 def _change(content: Mapping[str, Any]) -> dict[str, Any]:
