@@ -1,4 +1,4 @@
-"""Does a vision-language model invent things? CHAIR and POPE as published, and the same measures in the shapes world.
+"""Does a vision-language model invent things? CHAIR, POPE, AMBER, MME and MMHal as published, and in the shapes world.
 
-`python -m evaluators.hallucination chair|pope --help`
+`mmalign eval vlm --help`
 """

@@ -56,7 +56,32 @@ def strict(answer: str) -> bool | None:
     return {"yes": True, "no": False}.get(said)
 
 
-PARSERS: dict[str, Callable[[str], bool | None]] = {"published": published, "strict": strict}
+def lmms_eval(answer: str) -> bool | None:
+    """lmms-eval's rule: "yes" or "no" in any case and nothing else, so that "Yes." is neither."""
+    return {"yes": True, "no": False}.get(answer.strip().lower())
+
+
+def vlmevalkit(answer: str) -> bool | None:
+    """VLMEvalKit's rule: the word "yes" and no word "no" anywhere, or the other way round; else neither.
+
+    Marks of punctuation are dropped where a space is beside one of their kind, or a number has a comma, and are spaces
+    elsewhere; full stops are dropped.
+    """
+    text = answer.lower()
+    comma = re.search(r"\d,\d", text) is not None
+    for mark in ';/[]"{}()=+\\_-><@`,?!':
+        beside = f"{mark} " in answer.lower() or f" {mark}" in answer.lower() or comma
+        text = text.replace(mark, "" if beside else " ")
+    words = set(re.sub(r"\.(?!\d)", "", text).split())
+    return None if ("yes" in words) == ("no" in words) else "yes" in words
+
+
+PARSERS: dict[str, Callable[[str], bool | None]] = {
+    "published": published,
+    "strict": strict,
+    "lmms-eval": lmms_eval,
+    "vlmevalkit": vlmevalkit,
+}
 
 
 def parser_of(name: str) -> Callable[[str], bool | None]:
@@ -82,19 +107,21 @@ def units(
         labels: whether the true answer is yes, of each question.
         answers: what the model said.
         images: what the question is about.
-        parser: "published" or "strict".
+        parser: one of `PARSERS`. With lmms-eval, recall and F1 pass over present objects whose answer is neither, and
+            yes_ratio is that of the labels, as that harness has them.
     """
     read = parser_of(parser)
     rows = [(image, label, read(answer)) for image, label, answer in zip(images, labels, answers, strict=True)]
     precision = [(image, label) for image, label, said in rows if said]
-    recall = [(image, bool(said)) for image, label, said in rows if label]
+    legacy = parser == "lmms-eval"
+    recall = [(image, bool(said)) for image, label, said in rows if label and not (legacy and said is None)]
     return {
         "accuracy": [(image, said is label) for image, label, said in rows],
         "precision": precision,
         "recall": recall,
         # 2 TP / (2 TP + FP + FN) is the mean over what was said to be there and what is there, each a hit when both
         "f1": [*precision, *recall],
-        "yes_ratio": [(image, bool(said)) for image, _, said in rows],
+        "yes_ratio": [(image, label if legacy else bool(said)) for image, label, said in rows],
         "unparsed": [(image, said is None) for image, _, said in rows],
     }
 
