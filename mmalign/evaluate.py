@@ -3,6 +3,7 @@
 mmalign eval t2i MODEL ... --out FOLDER     base against tuned models: pictures, scores, comparison
 mmalign eval preference --store STORE       who ranks held-out pairs as people did: runs and scorers
 mmalign eval vlm MEASURE ...                POPE, CHAIR, AMBER, MME, MMHal, of answers or of a model
+mmalign eval geneval DETECTIONS             GenEval's rules on what any detector found
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ KINDS = {
     "t2i": "diffusion.evaluate:main",
     "preference": "diffusion.ranking:main",
     "vlm": "vlm.evaluate:main",
+    "geneval": "evaluators.geneval:main",
 }
 
 

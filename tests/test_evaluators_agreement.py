@@ -1,0 +1,71 @@
+"""Scorers' accuracy on pairs, and `mmalign eval preference`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_runs import write_store
+
+from diffusion.ranking import main
+from evaluators.agreement import scorer_agreement
+from mmalign.cli import run_entry
+from mmalign.errors import UserError
+from mmalign.media import Media
+from mmalign.records import Preference, Side
+
+
+class Red:
+    """How red a picture is."""
+
+    identity, main, numbers = "red@1", "red", ("red",)
+
+    def score_images(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[dict[str, float]]:
+        return [{"red": float(np.asarray(image)[..., 0].mean())} for image in images]
+
+
+def pair(number: int, chosen: int, rejected: int, prompt: str = "") -> Preference:
+    def side(red: int) -> Side:
+        data = Media(data=b"junk") if red < 0 else Media.from_image(Image.new("RGB", (4, 4), (red, 0, 0)))
+        return Side(prompt=prompt or f"prompt {number}", response=data)
+
+    return Preference(item_id=str(number), a=side(chosen), b=side(rejected), label="a")
+
+
+def test_wins_ties_and_failures() -> None:
+    pairs = [pair(0, 9, 1), pair(1, 9, 1), pair(2, 1, 9), pair(3, 5, 5), pair(4, -1, 5)]
+    found = scorer_agreement("red", Red(), pairs, batch_size=2)
+    assert (found.accuracy, found.pairs, found.ties, found.failed, found.groups) == (2.5 / 4, 4, 1, 1, 4)
+    assert found.ci95 is not None and found.ci95[0] < 0.625 < found.ci95[1]
+    assert found.as_json()["ci95"] == list(found.ci95)
+
+
+def test_pairs_of_one_prompt_are_a_cluster() -> None:
+    pairs = [pair(index, 9, 1, prompt=f"p{index // 4}") for index in range(8)]
+    assert scorer_agreement("red", Red(), pairs).groups == 2
+
+
+def test_texts_and_broken_pictures_are_one_line() -> None:
+    text = Preference(item_id="0", a=Side(prompt="a", response="x"), b=Side(prompt="a", response="y"), label="a")
+    with pytest.raises(UserError, match="pairs are of texts"):
+        scorer_agreement("red", Red(), [text])
+    with pytest.raises(UserError, match="could score no pair"):
+        scorer_agreement("red", Red(), [pair(0, -1, -1)])
+
+
+def test_the_command_asks_scorers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = write_store(tmp_path / "store", 6)
+    words = ["--store", str(store), "--split", "train", "--scorer", "shapes,main=style"]
+    assert run_entry(main, [*words, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["judge"].startswith("shapes (shapes@1") and found["pairs"] == 6 and found["groups"] == 3
+    assert run_entry(main, words) == 0
+    assert "6 pairs of 3 groups" in capsys.readouterr().out
+    assert run_entry(main, ["--store", str(store)]) == 2
+    assert "nobody to ask" in capsys.readouterr().err
+    assert run_entry(main, [*words[:2], "--split", "held", "--scorer", "shapes"]) == 2
+    assert "no split 'held'" in capsys.readouterr().err
