@@ -70,11 +70,12 @@ def sources(root: Path, folders: Sequence[Path] = (), answers: Sequence[Path] = 
 class Server:
     """`mmalign arena` as a process, on a port of its own choosing."""
 
-    def __init__(self, *words: object, password: str | None = None) -> None:
+    def __init__(self, *words: str | Path, password: str | None = None) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.words, self.password = [str(word) for word in words], password
+        self.votes = Path(words[1]).parent / "votes.sqlite"
         self.start()
 
     @property
@@ -128,7 +129,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(*words: object, password: str | None = None) -> Iterator[Server]:
+def serving(*words: str | Path, password: str | None = None) -> Iterator[Server]:
     """A server that is gone when this is left."""
     server = Server(*words, password=password)
     try:

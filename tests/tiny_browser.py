@@ -141,6 +141,12 @@ class Browser:
         """Go to an address."""
         self.call("Page.navigate", url=url)
 
+    def reload(self) -> None:
+        """Load the page again, and wait until the old one is gone."""
+        self.run("window.stale = true")
+        self.call("Page.reload")
+        self.wait("!window.stale")
+
     def run(self, script: str) -> Any:
         """The value of an expression in the page."""
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
@@ -161,9 +167,9 @@ class Browser:
     def press(self, key: str) -> None:
         """A key, pressed and let go."""
         code = {" ": "Space", "Enter": "Enter"}.get(key, f"Key{key.upper()}")
-        text = {"text": key} if len(key) == 1 else {}
-        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, code=code, **text)
-        self.call("Input.dispatchKeyEvent", type="keyUp", key=key, code=code)
+        typed = {"code": code, "key": key, "windowsVirtualKeyCode": 13 if key == "Enter" else ord(key.upper())}
+        self.call("Input.dispatchKeyEvent", type="keyDown", text="\r" if key == "Enter" else key, **typed)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **typed)
 
     def write(self, text: str) -> None:
         """Text into what has the focus."""
