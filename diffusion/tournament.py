@@ -256,8 +256,8 @@ def mean(values: Sequence[float]) -> float:
 def markdown(table: Sequence[Mapping[str, Any]]) -> str:
     """The table as people read it."""
     head = (
-        "| taught | model | method | taught number | win rate against base | faithful, points | CLIP | diversity "
-        "| CPU seconds | peak GB |\n|---|---|---|---|---|---|---|---|---|---|\n"
+        "| taught | model | method | taught number | win rate against base | by seed | faithful, points | CLIP "
+        "| diversity | CPU seconds | peak GB |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
     )
     lines = []
     for row in table:
@@ -268,6 +268,7 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
             row["arm"] + (" (control)" if row["control"] else ""),
             f"{row['taught_base']:.3f} → {row['taught']:.3f}",
             f"{row['win_rate']:.3f} [{row['win_rate_ci95'][0]:.3f}, {row['win_rate_ci95'][1]:.3f}]",
+            ", ".join(f"{rate:.2f}" for rate in row["by_seed"]),
             f"{100 * row['faithful_change']:+.1f} [{100 * faithful[0]:.1f}, {100 * faithful[1]:.1f}]",
             f"{row['clip_change']:+.3f} [{clip[0]:.3f}, {clip[1]:.3f}]",
             f"{row['diversity_base']:.3f} → {row['diversity']:.3f}",
