@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from mmalign.cli import Parser
 from mmalign.errors import UserError
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mmalign.records import Side
     from vlm.models import VisionLanguageModel
 
+Dtype: TypeAlias = Literal["fp32", "bf16", "fp16"]
 _RUN = ("manifest.json", "config.yaml")  # a checkpoint's and a run's
 
 
@@ -54,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="again for more")
     parser.add_argument("--file", type=Path, metavar="ROWS", help="JSON lines of {image, prompt, id?}")
     parser.add_argument("--out", type=Path, metavar="ANSWERS", help="JSON lines, appended to (default: printed)")
+    parser.add_argument(
+        "--dtype", choices=get_args(Dtype), default="fp32", help="of the weights (default: %(default)s)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token (default)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws; row i has seed + i (default: %(default)s)")
@@ -87,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vlm.conversations import conversation
     from vlm.generation import answer
 
-    model = open_any(said.model, said.adapter).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = open_any(said.model, said.adapter, said.dtype).to("cuda" if torch.cuda.is_available() else "cpu")
     with Progress(len(questions), "generate", unit="answer", initial=len(questions) - len(waiting)) as bar:
         for start in range(0, len(waiting), said.batch_size):
             some = waiting[start : start + said.batch_size]
@@ -109,8 +113,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 # ---------------------------------------------------------------------------------------------- the model
 
 
-def open_any(path: str, adapter: Path | None) -> VisionLanguageModel:
+def open_any(path: str, adapter: Path | None, dtype: Dtype = "fp32") -> VisionLanguageModel:
     """A model, or what a run made of it, with an adapter on top where one is given.
+
+    Args:
+        dtype: of the model's weights; a run has its own.
 
     Raises:
         UserError: nothing there, an adapter for another model, or one where a run's own weights are.
@@ -129,7 +136,7 @@ def open_any(path: str, adapter: Path | None) -> VisionLanguageModel:
         return open_tuned(find_tuned(folder))
     if not whole and (folder / "adapter_config.json").is_file():
         raise UserError("an adapter, not a model", place=path, fix="Give its base as MODEL and this as --adapter.")
-    model = open_model(VlmModelSettings(path=path))
+    model = open_model(VlmModelSettings(path=path, dtype=dtype))
     if adapter is not None:
         open_weights(model, adapter)
     return model
