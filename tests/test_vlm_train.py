@@ -187,3 +187,55 @@ def test_controls_change_what_they_say(talk: Talk, tmp_path: Path) -> None:
     plain, blank, shuffled = (lines(tmp_path / name)[0] for name in ("plain", "blank", "shuffled"))
     assert plain["logps/chosen"] != blank["logps/chosen"]
     assert plain["logps/chosen"] != shuffled["logps/chosen"]
+
+
+def test_weights_that_do_not_fit_are_refused_in_one_line(talk: Talk, tmp_path: Path) -> None:
+    from tiny_vlms import write
+
+    from vlm.models import open_model
+    from vlm.settings import VlmModelSettings
+    from vlm.tuned import find_tuned, open_base
+    from vlm.weights import load_weights, open_weights
+
+    talk.train(tmp_path / "lora", loop={"steps": 1})
+    tuned = find_tuned(tmp_path / "lora")
+    other = open_model(VlmModelSettings(path=str(write("smolvlm", tmp_path / "other"))))
+    with pytest.raises(UserError, match="the adapter belongs to another model"):
+        open_weights(other, tuned.weights)
+    with pytest.raises(UserError, match="expected the whole model, found an adapter"):
+        load_weights(open_base(tuned), tuned.weights)
+    with pytest.raises(UserError, match="no such folder"):
+        open_weights(other, tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="found no weights"):
+        open_weights(other, tmp_path / "empty")
+    with pytest.raises(UserError, match="LoRA of rank 2, but this run has adapter LoRA of rank 4"):
+        talk.train(tmp_path / "lora", adapter={"rank": 4}, loop={"steps": 2})
+    with pytest.raises(UserError, match="saved with alpha 2, this run has alpha 4"):
+        talk.train(tmp_path / "lora", adapter={"alpha": 4.0}, loop={"steps": 2})
+    moved = find_tuned(tmp_path / "lora", base=str(tmp_path / "other"))
+    with pytest.raises(UserError, match="but this base is"):
+        open_base(moved)
+
+
+def test_pairs_that_a_method_cannot_use_are_refused_before_training(talk: Talk, tmp_path: Path) -> None:
+    import shutil
+
+    from mmalign.preferences import Store
+    from mmalign.records import Candidate, Record, Vote
+
+    words = (Candidate(candidate_id="a", text="yes"), Candidate(candidate_id="b", text="no"))
+    vote = (Vote(a="a", b="b", label="a"),)
+    Store.write([Record(record_id="r", prompt="is it?", candidates=words, votes=vote)], tmp_path / "blind")
+    with pytest.raises(UserError, match="0 pictures on the chosen side"):
+        talk.train(tmp_path / "run", method=METHODS["realign_rdpo"], data={"path": str(tmp_path / "blind")})
+    with pytest.raises(UserError, match="no preference store here"):
+        talk.train(tmp_path / "run", data={"path": str(tmp_path / "nothing")})
+    with pytest.raises(UserError, match="no method 'dppo' in vlm"):
+        talk.train(tmp_path / "run", method={"name": "dppo"})
+    shutil.copytree(talk.store, tmp_path / "damaged")
+    shard = next((tmp_path / "damaged").glob("*.parquet"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(UserError):
+        talk.train(tmp_path / "run", data={"path": str(tmp_path / "damaged")})
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
