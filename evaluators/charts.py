@@ -84,13 +84,20 @@ def tracks(
     return _svg(parts, f"{name}: {told}{marked}", HEIGHT + (16 * len(series) + 4 if len(series) > 1 else 0))
 
 
-def forest(rows: Sequence[tuple[str, Number, Point, str]], *, blind: Number, name: str) -> str:
+def forest(
+    rows: Sequence[tuple[str, Number, Point, str]],
+    *,
+    blind: Number,
+    name: str,
+    across: str = "win rate against the base",
+) -> str:
     """Win rates with their intervals around one half, on an axis from 0 to 100 %.
 
     Args:
         rows: (label, win rate, interval, class), top to bottom.
         blind: win rates this near to one half are too small to be found with this many prompts; shaded.
         name: what is drawn, for those who hear the page.
+        across: the words below the axis.
     """
     step, foot = 44, 34
     height = step * len(rows) + foot + 6
@@ -101,7 +108,7 @@ def forest(rows: Sequence[tuple[str, Number, Point, str]], *, blind: Number, nam
     for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
         parts.append(_line(x(tick), 4, x(tick), floor, "c-zero" if tick == 0.5 else "c-grid"))
         parts.append(_text(x(tick), floor + 14, f"{100 * tick:.0f} %", "middle"))
-    parts.append(_text(WIDTH / 2, height - 5, "win rate against the base", "middle", "c-name"))
+    parts.append(_text(WIDTH / 2, height - 5, across, "middle", "c-name"))
     for index, (row, rate, (lower, upper), style) in enumerate(rows):
         middle = 6 + step * index + 29
         shown = row if len(row) <= 44 else row[:43] + "…"

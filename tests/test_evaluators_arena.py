@@ -506,3 +506,32 @@ def test_the_hint_is_the_commands(arena: Arena, tmp_path: Path) -> None:
     assert lines[0] == f"mmalign data import {tmp_path}/votes.sqlite --out {tmp_path}/votes-preferences"
     assert lines[1].startswith("mmalign train diffusion/dpo_own data.path=") and lines[1].endswith(" model.path=base")
     assert [line.split()[1] for line in lines] == ["data", "train", "sample", "sample", "arena"]
+    assert lines[-1].endswith(
+        f"--images {tmp_path}/votes-before {tmp_path}/votes-after --votes {tmp_path}/votes-again.sqlite"
+    )
+
+
+def test_the_hint_for_answers_names_a_recipe_of_their_model(tmp_path: Path) -> None:
+    files = tiny_arena.answer(tmp_path, {"shapes-vlm": ["a dog"], "tuned": [""]})  # silence is an answer
+    with Arena(tiny_arena.sources(tmp_path, answers=files), tmp_path / "votes.sqlite") as arena:
+        steps = hint.steps(arena.store.path, arena.sources, arena.programme)
+        assert {arena.next("Ada")["pair"][side]["text"] for side in ("left", "right")} == {"a dog", ""}
+    lines = [line for _, command_ in steps for line in command_.splitlines()]
+    assert lines[1].startswith("mmalign train vlm/dpo_shapes data.path=") and "model.path" not in lines[1]
+    assert [line.split()[1] for line in lines] == ["data", "train", "generate", "generate", "arena"]
+    for line in lines[1:2]:
+        recipe = Path(__file__).parent.parent / "configs" / f"{line.split()[2]}.yaml"
+        assert recipe.is_file()
+
+
+def test_answers_as_mmalign_generate_writes_them(tmp_path: Path) -> None:
+    for name, text in (("base", "a dog"), ("tuned", "a cat")):
+        rows = [{"id": "0", "image": [], "prompt": "Say something.", "answer": text}]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = (tmp_path / "base.jsonl", tmp_path / "tuned.jsonl")
+    programme = read_programme(tiny_arena.sources(tmp_path, answers=files))
+    assert programme.contestants == ("base", "tuned") and programme.trials[0].unit.media is None
+    row = {"image": ["0.png", "1.png"], "prompt": "What changed?", "answer": "all"}
+    files[0].write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="expected one picture, got 2"):
+        read_programme(tiny_arena.sources(tmp_path, answers=files))

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from evaluators.arena.trials import Sources, find_root
 
     found = find_root([*said.images, *said.answers])
-    votes = said.votes or found / "votes.sqlite"
+    votes = said.votes or Path(os.path.relpath(found) if found.is_relative_to(Path.cwd()) else found, "votes.sqlite")
     if not votes.parent.is_dir():
         raise UserError("there is no such folder", place=str(votes.parent))
     sources = Sources(root=votes.parent.resolve(), folders=tuple(said.images), answers=tuple(said.answers))

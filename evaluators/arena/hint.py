@@ -7,38 +7,40 @@ from pathlib import Path
 
 from evaluators.arena.trials import Programme, Sources
 
-EMBEDDED = ("shapes", "shapes-4step")
+EMBEDDED = ("shapes", "shapes-4step", "shapes-vlm")
+_VLM = {"shapes": "vlm/dpo_shapes", "smolvlm": "vlm/dpo_smolvlm"}  # a part of the model's name -> its recipe
 
 
 def steps(votes: Path, sources: Sources, programme: Programme) -> list[tuple[str, str]]:
-    """(what it does, the command): import, train, draw again, vote again."""
-    place = votes.parent
-    store, run = place / f"{votes.stem}-preferences", place / f"{votes.stem}-run"
+    """(what it does, the command or commands): import, train, before and after, vote again."""
+
+    def beside(ending: str) -> Path:
+        return votes.parent / f"{votes.stem}-{ending}"
+
+    store, run, again = beside("preferences"), beside("run"), beside("again.sqlite")
     base = _base(programme)
-    imported = ("the votes as preferences", _line("mmalign", "data", "import", votes, "--out", store))
+    settings = [f"data.path={store}", f"loop.output_dir={run}", *([] if base in EMBEDDED else [f"model.path={base}"])]
     if sources.answers:
-        recipe = _line(
-            "mmalign", "train", "vlm/dpo", f"data.path={store}", f"loop.output_dir={run}", f"model.path={base}"
-        )
-        return [imported, ("training on them", recipe)]
-    named = [] if base in EMBEDDED else [f"model.path={base}"]
-    recipe = _line("mmalign", "train", "diffusion/dpo_own", f"data.path={store}", f"loop.output_dir={run}", *named)
-    base_drawn, tuned_drawn = place / f"{votes.stem}-before", place / f"{votes.stem}-after"
-    prompts = ("--prompts", "shapes:heldout", "--count", "50") if base in EMBEDDED else ("--prompts", "heldout.txt")
-    drawn = "\n".join(
-        [
-            _line("mmalign", "sample", "--model", base, *prompts, "--out", base_drawn),
-            _line("mmalign", "sample", run, *prompts, "--out", tuned_drawn),
+        recipe = next((name for part, name in _VLM.items() if part in base.lower()), "vlm/dpo_qwen25_vl_3b")
+        before, after = beside("before.jsonl"), beside("after.jsonl")
+        made = [
+            _line("mmalign", "generate", model, "--file", "heldout.jsonl", "--out", out)
+            for model, out in ((base, before), (run, after))
         ]
-    )
-    again = _line(
-        "mmalign", "arena", "--images", base_drawn, tuned_drawn, "--votes", place / f"{votes.stem}-again.sqlite"
-    )
+        kind = "--answers"
+    else:
+        recipe, kind = "diffusion/dpo_own", "--images"
+        before, after = beside("before"), beside("after")
+        prompts = ("shapes:heldout", "--count", "50") if base in EMBEDDED else ("heldout.txt",)
+        made = [
+            _line("mmalign", "sample", *model, "--prompts", *prompts, "--out", out)
+            for model, out in ((("--model", base), before), ((run,), after))
+        ]
     return [
-        imported,
-        ("training on them", recipe),
-        ("before and after, on prompts that were not voted on", drawn),
-        ("a blind test of the result", again),
+        ("the votes as preferences", _line("mmalign", "data", "import", votes, "--out", store)),
+        ("training on them", _line("mmalign", "train", recipe, *settings)),
+        ("before and after, on what was not voted on", "\n".join(made)),
+        ("a blind test of the result", _line("mmalign", "arena", kind, before, after, "--votes", again)),
     ]
 
 

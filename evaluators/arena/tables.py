@@ -31,7 +31,7 @@ def _rates(found: Standings) -> str:
         for match in found.matches
     ]
     prompts = max(match.prompts for match in found.matches)
-    chart = forest(rows, blind=minimum_detectable_win_rate(prompts), name="win rates")
+    chart = forest(rows, blind=minimum_detectable_win_rate(prompts), name="win rates", across="win rate")
     lines = "".join(_row(match) for match in found.matches)
     return (
         "<section><h3>Win rate</h3>"
@@ -64,7 +64,7 @@ def _ranking(found: Standings) -> str:
     )
     return (
         '<section><h3>Ranking</h3><p class="quiet">Bradley-Terry with ties (Davidson), on the Elo scale: mean 1500, '
-        "400 points for ten to one. It has no order of games.</p>"
+        "400 points for ten to one. The order of the votes does not matter.</p>"
         '<div class="wide"><table class="narrow"><thead><tr><th></th><th>strength</th><th>votes</th></tr></thead>'
         f"<tbody>{rows}</tbody></table></div></section>"
     )

@@ -1,7 +1,7 @@
 """What is compared: everything that two or more models made of the same prompt, seed and input picture.
 
     pictures    folders as `mmalign sample` writes them: index.jsonl with lines {file, prompt, seed, model}
-    answers     JSON lines {prompt, answer, model} and, where a picture is asked about, image
+    answers     JSON lines {prompt, answer} as `mmalign generate` writes them, with image where a picture is asked about
 
 A folder or file is a contestant under its own name, unless its lines name several models: then each of them is one. All
 paths are relative to one folder, that of the votes, and may not leave it.
@@ -233,8 +233,14 @@ def _content(
     if pictures:
         image = _image(root, index.parent, row.get("file"), "file", place)
     else:
-        text = _text(row, "answer", place, LONGEST_ANSWER) or ""
-        media = None if row.get("image") is None else _image(root, index.parent, row["image"], "image", place)
+        text = (
+            "" if row.get("answer") == "" else _text(row, "answer", place, LONGEST_ANSWER) or ""
+        )  # silence is one too
+        asked = row.get("image") or []
+        listed = asked if isinstance(asked, list) else [asked]
+        if len(listed) > 1:
+            raise UserError(f"image: expected one picture, got {len(listed)}", place=place)
+        media = _image(root, index.parent, listed[0], "image", place) if listed else None
     digest = hashlib.sha256((text or "").encode()).hexdigest() if image is None else image.sha256()
     key = _hash(prompt, seed, media.digest if media else None)
     return Unit(unit_id=key, prompt=prompt, seed=seed, media=media), image, text, digest
