@@ -19,7 +19,6 @@ beside them.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluators.hallucination import files
-from evaluators.hallucination.estimate import Estimate, share, table
-from mmalign.cli import Parser
+from evaluators.hallucination.estimate import Estimate, share
 from mmalign.errors import UserError
 from mmalign.records import is_number, shown
 
@@ -228,18 +226,3 @@ def _detection(value: Any, place: str) -> tuple[str, Detection]:
     left, top, right, bottom = map(float, box)
     one = Detection(box=(left, top, right, bottom), score=float(row["score"]), color=color)
     return files.text(row, "class", place), one
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`mmalign eval geneval DETECTIONS`: the numbers of a file of detections."""
-    parser = Parser(prog="mmalign eval geneval", description=__doc__)
-    parser.add_argument("detections", type=Path, help="JSON lines, a picture each")
-    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="confidence (default: %(default)s)")
-    parser.add_argument(
-        "--counting-threshold", type=float, default=COUNTING_THRESHOLD, help="of numbers (default: %(default)s)"
-    )
-    parser.add_argument("--json", action="store_true", help="machine-readable")
-    said = parser.parse_args(argv)
-    numbers = measure(read_pictures(said.detections, threshold=said.threshold, counting=said.counting_threshold))
-    print(json.dumps({name: one.as_json() for name, one in numbers.items()}) if said.json else table(numbers))
-    return 0

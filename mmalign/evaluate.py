@@ -10,23 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmalign.cli import resolve
-from mmalign.errors import UserError, nearest
+from mmalign.cli import Parser, resolve
 
 KINDS = {
     "t2i": "diffusion.evaluate:main",
     "preference": "diffusion.ranking:main",
     "vlm": "vlm.evaluate:main",
-    "geneval": "evaluators.geneval:main",
+    "geneval": "evaluators.geneval_command:main",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Hand the rest of the words to the evaluation that the first one names."""
     words = list(argv or [])
-    if not words or words[0] in ("-h", "--help"):
-        print(f"usage: mmalign eval {{{','.join(KINDS)}}} ...\n\n{(__doc__ or '').strip()}")
-        return 0
-    if words[0] not in KINDS:
-        raise UserError(f"mmalign eval: unknown '{words[0]}'", fix=nearest(words[0], KINDS))
-    return resolve(KINDS[words[0]])(words[1:])
+    parser = Parser(prog="mmalign eval", description=__doc__)
+    parser.add_argument("kind", choices=list(KINDS))
+    kind: str = parser.parse_args(words[:1]).kind
+    return resolve(KINDS[kind])(words[1:])

@@ -233,9 +233,15 @@ def test_mistakes(words: list[str], message: str, base: Path, trained: Path, pro
 
 
 def test_the_verb_finds_its_kinds(capsys: pytest.CaptureFixture[str]) -> None:
+    from mmalign.cli import resolve
+    from mmalign.evaluate import KINDS
     from mmalign.evaluate import main as evaluate
 
-    assert run_entry(evaluate, ["--help"]) == 0
-    assert "t2i" in capsys.readouterr().out
+    for kind, target in KINDS.items():
+        with pytest.raises(SystemExit) as leaving:
+            resolve(target)(["--help"])
+        assert leaving.value.code == 0
+        assert capsys.readouterr().out.startswith(f"usage: mmalign eval {kind}")
     assert run_entry(evaluate, ["t2j"]) == 2
     assert "Did you mean 't2i'?" in capsys.readouterr().err
+    assert run_entry(evaluate, []) == 2

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from evaluators.geneval import Box, correct, main, measure, read_pictures, relations
+from evaluators.geneval import Box, correct, measure, read_pictures, relations
+from evaluators.geneval_command import main
 from mmalign.cli import run_entry
 from mmalign.errors import UserError
 

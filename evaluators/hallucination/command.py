@@ -6,11 +6,13 @@ import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from evaluators.hallucination import amber, chair, mme, mmhal, pope
-from evaluators.hallucination.estimate import Estimate, table
 from mmalign.cli import Parser
 from mmalign.errors import UserError
+
+if TYPE_CHECKING:
+    from evaluators.hallucination.estimate import Estimate
 
 
 def add_measures(parser: Parser) -> Mapping[str, argparse.ArgumentParser]:
@@ -34,9 +36,8 @@ def add_measures(parser: Parser) -> Mapping[str, argparse.ArgumentParser]:
     )
     answers.add_argument(
         "--parser",
-        choices=list(pope.PARSERS),
         default="published",
-        help="how answers are read; two are those of other harnesses",
+        help="how answers are read: published (default) or strict; of other harnesses: lmms-eval, vlmevalkit",
     )
 
     both = measures.add_parser("amber", help="descriptions and yes/no questions with the benchmark's own files")
@@ -52,7 +53,7 @@ def add_measures(parser: Parser) -> Mapping[str, argparse.ArgumentParser]:
     rated.add_argument("answers", type=Path, nargs="*", help="the judge's file, a judgement per question")
     rated.add_argument("--questions", type=Path, help="the benchmark's file: answers about one picture are a cluster")
     rated.add_argument(
-        "--rule", choices=mmhal.RULES, default="counted", help="a judgement without a rating: left out, or 0"
+        "--rule", default="counted", help="a judgement without a rating: counted (left out, default), or published (0)"
     )
     every = {"chair": captions, "pope": answers, "amber": both, "mme": tasks, "mmhal": rated}
     for one in every.values():
@@ -68,6 +69,8 @@ def measured(said: argparse.Namespace) -> dict[str, Estimate]:
     """
     if not said.answers:
         raise UserError("there are no answers", fix="Name the file that has them.")
+    from evaluators.hallucination import amber, chair, mme, mmhal
+
     if said.measure == "pope":
         return _splits(said)
     if len(said.answers) > 1:
@@ -85,6 +88,9 @@ def measured(said: argparse.Namespace) -> dict[str, Estimate]:
 
 def _splits(said: argparse.Namespace) -> dict[str, Estimate]:
     """POPE's numbers; of several splits `SPLIT/number`, and the mean over splits, which is what tables report."""
+    from evaluators.hallucination import pope
+    from evaluators.hallucination.estimate import Estimate
+
     if len(said.questions) != len(said.answers):
         raise UserError(
             f"{len(said.answers)} files of answers for {len(said.questions)} of questions",
@@ -112,4 +118,6 @@ def _splits(said: argparse.Namespace) -> dict[str, Estimate]:
 
 def said_of(numbers: Mapping[str, Estimate], *, as_json: bool) -> str:
     """The numbers as a table or as JSON."""
+    from evaluators.hallucination.estimate import table
+
     return json.dumps({name: one.as_json() for name, one in numbers.items()}) if as_json else table(numbers)
