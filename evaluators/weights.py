@@ -115,7 +115,8 @@ def find(weights: Weights, given: str | None = None, *, download: bool = False) 
             return inside
         if path.exists() or not HUB_ID.fullmatch(given):
             what = f"no {weights.file}" if weights.file else "no folder with a config.json"
-            raise UserError(f"{what} for {weights.name}", place=given, fix=f"It is {weights.described}.")
+            fix = f"Give a path{'' if weights.page else ' or a hub id'}; as published it is {weights.described}."
+            raise UserError(f"{what} for {weights.name}", place=given, fix=fix)
         weights = replace(weights, name=given.replace("/", "--"), repo=given, gigabytes=None, licence="see its page")
     found = local(weights)
     if found is not None:
