@@ -263,6 +263,15 @@ def test_the_views_the_prompt_and_the_standings(server: Server, tmp_path: Path) 
 
         for _ in range(3):
             eve.vote("left", mouse=True)
+        browser.click(".always input")  # every vote is revealed: the names stand on its own pair
+        token = eve.token()
+        browser.press("1")
+        browser.wait(f"{ROOM}.dataset.mode === 'revealed'")
+        assert browser.run(f"{ROOM}.dataset.token") == token
+        assert browser.run("document.querySelector('.chosen b').textContent") == "1"
+        browser.press(" ")
+        eve.token(other_than=token)
+
         tab = "[...document.querySelectorAll('button[role=tab]')].find(tab => tab.textContent.trim() === 'Standings')"
         browser.run(f"{tab}.click()")
         browser.wait("document.querySelector('.board table')")
@@ -270,7 +279,7 @@ def test_the_views_the_prompt_and_the_standings(server: Server, tmp_path: Path) 
         assert "tuned against base" in text and "mmalign train diffusion/dpo_own" in text and "Left side chosen" in text
         browser.press("1")  # not a vote: the pair is in the other tab
         time.sleep(0.3)
-        assert list(kept(server.votes, "Eve").values()).count("left") == 3
+        assert list(kept(server.votes, "Eve").values()).count("left") == 4
         assert browser.console == []
 
 

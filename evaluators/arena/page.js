@@ -263,7 +263,10 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 find(".always input").checked = recall("always") === "yes";
-find(".always input").addEventListener("change", (event) => remember("always", event.target.checked ? "yes" : ""));
+find(".always input").addEventListener("change", (event) => {
+  remember("always", event.target.checked ? "yes" : "");
+  event.target.blur(); // the space bar goes on to the next pair, it does not switch this off again
+});
 find(".enter").addEventListener("submit", (event) => { event.preventDefault(); enter(find("[name=rater]").value.trim()); });
 
 async function enter(name) {

@@ -18,7 +18,7 @@ from mmalign.media import Media
 LARGEST = 2048  # pixels on the longer side; larger pictures are reduced for looking at
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=16)
 def packed(media: Media) -> str:
     """The picture as a `data:` address, without loss up to `LARGEST`.
 
