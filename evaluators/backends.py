@@ -80,7 +80,7 @@ class Endpoint:
     """A server that speaks OpenAI's chat protocol.
 
     Args:
-        url: up to and without /chat/completions: "http://localhost:8000/v1".
+        url: up to and without /chat/completions: "http://127.0.0.1:8000/v1".
         model: its name there.
         key_from: the environment variable that has the key; a server that wants none is given none.
         max_tokens: of an answer.
@@ -103,7 +103,7 @@ class Endpoint:
     ) -> None:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError("not the URL of a server", place=url, fix="It looks like http://localhost:8000/v1.")
+            raise UserError("not the URL of a server", place=url, fix="It looks like http://127.0.0.1:8000/v1.")
         if parts.username or parts.password:
             raise UserError("a key does not belong into a URL", place=parts.hostname, fix=f"Put it into ${key_from}.")
         self._key = os.environ.get(key_from, "")
