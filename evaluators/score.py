@@ -12,12 +12,13 @@ scored becomes a row with an error. At the end all rows are put together in FOLD
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,7 @@ class Timing:
     """Where the time of one process went, in seconds of the clock.
 
     Attributes:
-        waiting: for pictures to be decoded; computing: in each scorer; writing: rows to the disk.
+        waiting: for pictures to be read and decoded; computing: in each scorer; writing: rows to the disk.
         decoding: summed over threads, so it may exceed the rest.
     """
 
@@ -206,9 +207,15 @@ def _work(
     title = "score" if place.world == 1 else f"score (rank {place.rank} of {place.world})"
     start = time.perf_counter()
     lines: list[str] = []
-    with Progress(total, title, unit=unit, enabled=place.rank == 0) as shown:
-        for batch in _batches(todo, batch_size, threads):
+    with (
+        Progress(total, title, unit=unit, enabled=place.rank == 0) as shown,
+        contextlib.closing(_batches(todo, batch_size, threads)) as batches,
+    ):
+        while True:
             begin = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                break
             decoded = [picture.result() for picture in batch.pictures]
             timing.waiting += time.perf_counter() - begin
             timing.decoding += sum(seconds for _, seconds in decoded)
@@ -233,7 +240,7 @@ def _remove_remains(parts: Path, index: int) -> None:
         stale.unlink(missing_ok=True)
 
 
-def _batches(todo: Sequence[tuple[int, Shard]], batch_size: int, threads: int) -> Iterator[_Batch]:
+def _batches(todo: Sequence[tuple[int, Shard]], batch_size: int, threads: int) -> Generator[_Batch]:
     """Batches in order, their pictures being decoded: a thread reads ahead, a pool decodes."""
     waiting: queue.Queue[_Batch | BaseException | None] = queue.Queue(maxsize=AHEAD)
     stop = threading.Event()
