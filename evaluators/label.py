@@ -1,7 +1,7 @@
 """`mmalign label SOURCE --scorer NAME ...`: scores into a preference store, to make pairs from.
 
     mmalign label store --scorer pickscore                        every candidate of a store gets its scores
-    mmalign label shards/ --scorer hps --out store                pictures of the same prompt become candidates
+    mmalign label shards/ --scorer hpsv2 --out store                pictures of the same prompt become candidates
     mmalign data pair store --score pickscore/pickscore --strategy best_worst --out pairs.jsonl
 
 Scores are called `scorer/number`, and the store keeps who gave them (`id@version#hash`). Scoring is that of

@@ -1,7 +1,7 @@
 """`mmalign score SOURCE --scorer NAME ... --out FOLDER`: every picture of a source, by any number of scorers.
 
     mmalign score pictures --scorer pickscore --scorer clip,path=/models/clip --out scores
-    torchrun --nproc_per_node 8 -m mmalign score shards/ --scorer hps --out scores
+    torchrun --nproc_per_node 8 -m mmalign score shards/ --scorer hpsv2 --out scores
     mmalign compare scores/base scores/tuned
 
 SOURCE is a preference store, a .jsonl, .parquet or .tar file, or a folder. Each picture is decoded once, in threads

@@ -94,9 +94,9 @@ def _explain(missing: ModuleNotFoundError, module: str) -> UserError:
 
 
 def _extra(package: str) -> str:
-    brought = {"gradio": "arena", "fastapi": "arena", "uvicorn": "arena", "scipy": "dev", "skimage": "dev"}
-    extra = brought.get(package, package)
-    if extra in ("xformers", "wandb", "bitsandbytes", "arena", "dev"):
+    brought = {"gradio": "arena", "fastapi": "arena", "uvicorn": "arena", "rapidocr_onnxruntime": "ocr"}
+    extra = (brought | {"scipy": "dev", "skimage": "dev"}).get(package, package)
+    if extra in ("xformers", "wandb", "bitsandbytes", "arena", "ocr", "dev"):
         return f"Install it with: pip install -e '.[{extra}]'."
     return "Install mmalign again, with its dependencies."
 

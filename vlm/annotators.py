@@ -157,7 +157,7 @@ def _read(cache: Path) -> dict[str, str]:
 class EndpointSettings(Settings):
     """A model that somebody serves: OpenAI's interface, which vLLM, SGLang, llama.cpp and Ollama have too."""
 
-    url: str = Field(description="up to /v1: https://api.openai.com/v1, http://localhost:8000/v1")
+    url: str = Field(description="up to /v1: https://api.openai.com/v1, http://127.0.0.1:8000/v1")
     model: str = Field(min_length=1, description="the name by which the endpoint knows it")
     key_env: str | None = Field(None, description="environment variable that holds the api key; null: none is sent")
     temperature: float | None = Field(0.0, ge=0, description="null: not sent, for models that refuse it")
@@ -197,7 +197,7 @@ class Endpoint:
         parts = urlsplit(settings.url)
         if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
             raise UserError(
-                "not an http or https address", place="annotator.url", fix="Such as http://localhost:8000/v1"
+                "not an http or https address", place="annotator.url", fix="Such as http://127.0.0.1:8000/v1"
             )
         self._key = None
         if settings.key_env is not None:
