@@ -7,13 +7,14 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import tiny_arena
 
 from evaluators.arena.standings import agreement, lines_of, standings
 from evaluators.arena.trials import read_programme
-from evaluators.arena.votes import Judgement, VoteStore, verdict_of
+from evaluators.arena.votes import Answer, Judgement, VoteStore
 from mmalign import data, importers
 from mmalign.errors import UserError
 from mmalign.pairing import Pairing, make_pairs
@@ -289,17 +290,33 @@ def test_votes_become_preferences_with_their_provenance(store: VoteStore, tmp_pa
     assert len(said) == 2 and all(pair.provenance["source"] == "arena" for pair in pairs)
 
 
-def test_the_winner_is_the_one_that_was_on_its_side(store: VoteStore) -> None:
+@pytest.mark.parametrize(
+    ("answer", "left", "winner"),
+    [
+        ("left", "a", "a"),
+        ("left", "b", "b"),
+        ("right", "a", "b"),
+        ("right", "b", "a"),
+        ("tie", "a", None),
+        ("bad", "b", None),
+    ],
+)
+def test_the_winner_is_the_one_that_was_on_its_side(
+    store: VoteStore, answer: Answer, left: Literal["a", "b"], winner: str | None
+) -> None:
     trial = trials(store)[0]
-    store.vote(store.show("Ada", trial, "b"), "left", 5)
+    store.vote(store.show("Ada", trial, left), answer, 5)
     (record,) = importers.read(store.path)
     with sqlite3.connect(store.path) as connection:
-        (wanted,) = connection.execute(
-            "SELECT contestant FROM trials JOIN candidates ON candidate = b WHERE trial = ?", (trial,)
+        names = connection.execute(
+            "SELECT a.contestant, b.contestant FROM trials "
+            "JOIN candidates a ON a.candidate = trials.a JOIN candidates b ON b.candidate = trials.b WHERE trial = ?",
+            (trial,),
         ).fetchone()
     (vote,) = record.votes
-    assert {"a": vote.a, "b": vote.b}[vote.label] == wanted
-    assert [verdict_of(answer, left) for answer in ("left", "right") for left in ("a", "b")] == ["a", "b", "b", "a"]  # type: ignore[arg-type]
+    chosen = {"a": vote.a, "b": vote.b, "tie": None}[vote.label]
+    assert chosen == (None if winner is None else names["ab".index(winner)])
+    assert [vote.verdict for vote in store.judgements()] == [winner or answer]
 
 
 def test_a_picture_that_changed_after_the_vote_is_a_problem(store: VoteStore, tmp_path: Path) -> None:
