@@ -39,7 +39,7 @@ VERBS = {
     "accuracy": Verb("diffusion.accuracy:main", "how a tuned model ranks held-out pairs, with an interval"),
     "score": Verb("evaluators.score:main", "score pictures of any source, in shards that resume"),
     "label": Verb("evaluators.label:main", "scores into a preference store"),
-    "eval": Verb("mmalign.evaluate:main", "t2i, preference or vlm: evaluate models, pictures and answers"),
+    "eval": Verb("mmalign.evaluation:main", "t2i, preference or vlm: evaluate models, pictures and answers"),
     "compare": Verb("evaluators.compare:main", "two or more score files: win rates, intervals, tests, ranking"),
     "export": Verb("diffusion.export:main", "write weights in another tool's layout and prove that they act"),
     "bench": Verb("mmalign.bench:main", "all methods side by side on an embedded world, with intervals"),

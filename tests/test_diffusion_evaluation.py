@@ -16,7 +16,7 @@ from PIL import Image
 
 from diffusion import weights
 from diffusion.adapters import add_lora
-from diffusion.evaluate import main
+from diffusion.evaluation import main
 from diffusion.models import load_model
 from diffusion.protocols import PROTOCOLS, Protocol, units
 from diffusion.settings import LoraSettings, ModelSettings
@@ -126,7 +126,7 @@ def test_two_processes_draw_the_bytes_of_one(trained: Path, prompts: Path, tmp_p
     def start(out: str, **more: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "mmalign", "eval", "t2i", *words, "--out", str(tmp_path / out)]
         # pieces of two, so that there is something to share
-        code = "import sys, diffusion.evaluate as e, mmalign.cli as c; e.PIECE = 2; sys.exit(c.main(sys.argv[1:]))"
+        code = "import sys, diffusion.evaluation as e, mmalign.cli as c; e.PIECE = 2; sys.exit(c.main(sys.argv[1:]))"
         command = [sys.executable, "-c", code, *command[3:]]
         return subprocess.Popen(command, env={**environment, **more}, stderr=subprocess.PIPE)
 
@@ -234,8 +234,8 @@ def test_mistakes(words: list[str], message: str, base: Path, trained: Path, pro
 
 def test_the_verb_finds_its_kinds(capsys: pytest.CaptureFixture[str]) -> None:
     from mmalign.cli import resolve
-    from mmalign.evaluate import KINDS
-    from mmalign.evaluate import main as evaluate
+    from mmalign.evaluation import KINDS
+    from mmalign.evaluation import main as evaluate
 
     for kind, target in KINDS.items():
         with pytest.raises(SystemExit) as leaving:

@@ -9,7 +9,7 @@ import pytest
 import tiny_vlms
 
 from mmalign.cli import run_entry
-from vlm import evaluate
+from vlm import evaluation
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ask(measure: str, model: Path, images: Path, out: Path, *more: str) -> int:
     words = [measure, "--model", str(model), "--images", str(images), "--out", str(out), "--max-new-tokens", "3"]
-    return run_entry(evaluate.main, [*words, *more, "--json"])
+    return run_entry(evaluation.main, [*words, *more, "--json"])
 
 
 def name(number: int) -> str:
@@ -103,6 +103,6 @@ def test_the_other_benchmarks_are_asked_in_their_formats(
     ],
 )
 def test_mistakes_are_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_entry(evaluate.main, words) == 2
+    assert run_entry(evaluation.main, words) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

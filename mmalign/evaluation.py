@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from mmalign.cli import Parser, resolve
 
 KINDS = {
-    "t2i": "diffusion.evaluate:main",
+    "t2i": "diffusion.evaluation:main",
     "preference": "diffusion.ranking:main",
-    "vlm": "vlm.evaluate:main",
+    "vlm": "vlm.evaluation:main",
     "geneval": "evaluators.geneval_command:main",
 }
 
