@@ -182,5 +182,5 @@ def test_the_embedded_clip_separates_hard_negatives(clip: Scorer) -> None:
 def test_a_missing_clip_is_a_mistake_of_the_user(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for folder in ("nothing", "empty"):
-        with pytest.raises(UserError, match="no folder with a config.json for clip"):
+        with pytest.raises(UserError, match=r"no folder with a config\.json for clip"):
             load("clip", {"path": str(tmp_path / folder)})

@@ -3,8 +3,8 @@
     ask(annotator, requests, cache)  ->  one reply for each request, in order
 
 Every reply is a line of a file, written as soon as it comes and found again by what was asked: the annotator, the
-prompt and the images, by content. So nothing is asked twice, and where a run is killed or its endpoint fails, nothing is
-lost and the same command goes on from there.
+prompt and the images, by content. So nothing is asked twice, and where a run is killed or its endpoint fails, nothing
+is lost and the same command goes on from there.
 """
 
 from __future__ import annotations
