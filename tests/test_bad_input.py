@@ -207,8 +207,8 @@ TABLE = [
         what="a missing store",
         words=train("data.path={here}/none"),
         says=(
-            "no preference store here (data.path={here}/none). Make one with 'mmalign data import', or add a "
-            "candidates section to the recipe."
+            "no preference store here (data.path={here}/none). Make one with 'mmalign data import', or say in the "
+            "recipe how it is made."
         ),
     ),
     Case(
@@ -223,7 +223,7 @@ TABLE = [
         what="wrong columns",
         words=imported({"question": "p", "good": "a", "bad": "b"}),
         says=(
-            "there is no column 'caption', which the format 'pickapic' needs ({here}/rows.jsonl). Known: "
+            "there is no column 'image', which the format 'rlaifv' needs ({here}/rows.jsonl). Known: "
             "bad, good, question."
         ),
     ),

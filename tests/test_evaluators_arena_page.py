@@ -295,6 +295,7 @@ def test_answers_are_text_and_their_differences_are_marked(tmp_path: Path) -> No
         assert browser.run("document.querySelectorAll('.text *').length") == 0
         assert browser.run("document.querySelector('.asked img').naturalWidth") == 24
         browser.press("v")
+        browser.wait("document.querySelectorAll('mark').length")
         marked = browser.run("[...document.querySelectorAll('mark')].map(mark => mark.textContent)")
         assert sorted(marked) == ["dog", "grass", "snow", "wolf"]
         ada.vote("left", mouse=False)

@@ -71,7 +71,7 @@ def load_weights(model: VisionLanguageModel, folder: Path) -> None:
             place=str(folder),
             fix="Resume with the recipe that wrote it" if other else "Give a folder of saved weights",
         )
-    tensors = _read(file)
+    tensors = _read(file) if adapted else _whole(network, folder)
     if adapted:
         _check_adapter(network, folder)
         tensors = {
@@ -79,8 +79,7 @@ def load_weights(model: VisionLanguageModel, folder: Path) -> None:
             for name, t in tensors.items()
         }
     expected = {name: t for name, t in network.state_dict().items() if ".lora_" in name or not adapted}
-    tied = set(getattr(network, "all_tied_weights_keys", None) or ()) if not adapted else set()
-    wrong = sorted((set(expected) ^ set(tensors)) - tied) or [
+    wrong = sorted(set(expected) ^ set(tensors)) or [
         name for name, tensor in tensors.items() if tensor.shape != expected[name].shape
     ]
     if wrong:
@@ -149,6 +148,20 @@ def _merge(network: Any) -> None:
         setattr(network.get_submodule(parent), leaf, module.get_base_layer())
     del network.peft_config
     network._hf_peft_config_loaded = False
+
+
+def _whole(network: Any, folder: Path) -> dict[str, Tensor]:
+    """Weights of a folder by the network's own names: files keep the names of older layouts, transformers knows both."""
+    try:
+        other, report = type(network).from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the weights cannot be read: {reason}", place=str(folder)) from error
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"{len(missing)} weights are missing, first {missing[0]}", place=str(folder))
+    return dict(other.state_dict())
 
 
 def _adapter_config(folder: Path) -> LoraConfig:
