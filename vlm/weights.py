@@ -151,7 +151,7 @@ def _merge(network: Any) -> None:
 
 
 def _whole(network: Any, folder: Path) -> dict[str, Tensor]:
-    """Weights of a folder by the network's own names: files keep the names of older layouts, transformers knows both."""
+    """Weights of a folder by the network's own names: files have those of older layouts, transformers knows both."""
     try:
         other, report = type(network).from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
