@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffusion.adapters import attach, lora_layers, merge_lora
 from diffusion.models import DiffusionModel
 from mmalign.errors import UserError
 from mmalign.fingerprints import module_fingerprint
+from mmalign.weightfiles import check_adapter, read_tensors
 
 FULL = Path("unet", "diffusion_pytorch_model.safetensors")
 PEFT = Path("unet_peft", "adapter_model.safetensors")
@@ -79,7 +79,7 @@ def read_weights(unet: Any, folder: Path) -> dict[str, Tensor]:
             place=str(folder),
             fix="Resume with the recipe that wrote it" if other else "Give a folder of saved weights",
         )
-    tensors = _read(file)
+    tensors = read_tensors(file)
     if adapted:
         _check_adapter(unet, folder)
         tensors = {
@@ -152,22 +152,7 @@ def _check_adapter(unet: Any, folder: Path) -> None:
         ("alpha", saved["lora_alpha"], own.lora_alpha),
         ("targets", ", ".join(saved["target_modules"]), ", ".join(sorted(own.target_modules))),
     ]
-    for name, there, here in pairs:
-        if there != here:
-            raise UserError(
-                f"the adapter was saved with {name} {there}, this run has {name} {here}",
-                place=f"{folder / PEFT_CONFIG}, adapter.{name}",
-                fix=f"Resume with adapter.{name} as saved, or start a new run with loop.init_from",
-            )
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"the weights cannot be read: {error}", place=str(file), fix="Use an earlier checkpoint"
-        ) from error
+    check_adapter(folder / PEFT_CONFIG, pairs)
 
 
 @torch.no_grad()

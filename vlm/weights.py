@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mmalign.errors import UserError
 from mmalign.fingerprints import module_fingerprint
+from mmalign.weightfiles import check_adapter, read_tensors
 from vlm.adapters import lora_layers
 from vlm.models import VisionLanguageModel
 
@@ -71,7 +72,7 @@ def load_weights(model: VisionLanguageModel, folder: Path) -> None:
             place=str(folder),
             fix="Resume with the recipe that wrote it" if other else "Give a folder of saved weights",
         )
-    tensors = _read(file) if adapted else _whole(network, folder)
+    tensors = read_tensors(file) if adapted else _whole(network, folder)
     if adapted:
         _check_adapter(network, folder)
         tensors = {
@@ -109,7 +110,9 @@ def open_weights(model: VisionLanguageModel, folder: Path) -> None:
         load_weights(model, folder)
         return
     config = _adapter_config(folder)
-    wanted = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in _read(folder / ADAPTER) if ".lora_" in name}
+    wanted = {
+        name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in read_tensors(folder / ADAPTER) if ".lora_" in name
+    }
     missing = sorted(wanted - {name for name, _ in model.network.named_modules()})
     if missing:
         raise UserError(
@@ -178,19 +181,5 @@ def _adapter_config(folder: Path) -> LoraConfig:
 
 def _check_adapter(network: Any, folder: Path) -> None:
     saved, own = _adapter_config(folder), network.peft_config["default"]
-    for name, there, here in (("rank", saved.r, own.r), ("alpha", saved.lora_alpha, own.lora_alpha)):
-        if there != here:
-            raise UserError(
-                f"the adapter was saved with {name} {there}, this run has {name} {here}",
-                place=f"{folder / ADAPTER_CONFIG}, adapter.{name}",
-                fix=f"Resume with adapter.{name} as saved, or start a new run with loop.init_from",
-            )
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"the weights cannot be read: {error}", place=str(file), fix="Use an earlier checkpoint"
-        ) from error
+    pairs = [("rank", saved.r, own.r), ("alpha", saved.lora_alpha, own.lora_alpha)]
+    check_adapter(folder / ADAPTER_CONFIG, pairs)
