@@ -293,7 +293,8 @@ def _parser() -> Parser:
     parser.add_argument("--out", type=Path, required=True, help="a new folder, or one to go on with")
     parser.add_argument("--protocol", help="diffusion-dpo-sd15, diffusion-dpo-sdxl, spo, pso-4step or geneval")
     parser.add_argument(
-        "--prompts", help=".txt, .jsonl or shapes:heldout (default: the first run's evaluation section)"
+        "--prompts",
+        help="PartiPrompts.tsv, .txt, .json ... or shapes:heldout (default: the first run's evaluation section)",
     )
     parser.add_argument("--count", type=int, help="prompts drawn by the seed (default: all)")
     parser.add_argument("--per-prompt", type=int, help="pictures per prompt (default: 1)")

@@ -25,7 +25,7 @@ class CandidateSettings(Settings):
     """Pictures sampled from the model before training, when `data.path` does not exist yet: to choose from by a scorer,
     or to lose against target pictures."""
 
-    prompts: str | None = Field(None, description="shapes:train, or a .txt or .jsonl file")
+    prompts: str | None = Field(None, description="shapes:train, or a .txt, .jsonl, .json, .tsv or .csv file")
     targets: str | None = Field(
         None, description="instead of prompts: pictures with captions, a folder or a store; each wins over samples"
     )

@@ -28,7 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--model", metavar="PATH", help="a pipeline to draw from as it is; beside a checkpoint: its base"
     )
     parser.add_argument(
-        "--prompts", nargs="+", required=True, metavar="TEXT|FILE", help="texts, .txt or .jsonl files, shapes:heldout"
+        "--prompts",
+        nargs="+",
+        required=True,
+        metavar="TEXT|FILE",
+        help="texts, lists (.txt, .tsv, .json ...), shapes:heldout",
     )
     parser.add_argument("--count", type=int, help="prompts drawn from each file (default: all)")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")

@@ -12,7 +12,7 @@ from diffusion.models import DiffusionModel
 from diffusion.recipe import SamplerSettings
 from mmalign.errors import UserError
 from mmalign.pictures import grid
-from mmalign.prompts import WORLD, read_prompts
+from mmalign.prompts import is_list, read_prompts
 
 INDEX, SHEET = "index.jsonl", "sheet.png"
 SHOWN = 64  # pictures on the contact sheet
@@ -22,13 +22,12 @@ def gather_prompts(sources: Sequence[str], count: int | None = None, seed: int =
     """Prompts given as text, as files, or as the embedded world's captions, in this order.
 
     Args:
-        sources: a file's name ends in .txt or .jsonl; `shapes:train` and `shapes:heldout` are known; all else is text.
+        sources: lists as `mmalign.prompts` reads them, by their names' endings; all else is text.
         count: how many to draw, by the seed, from each file or world; None for all.
     """
     prompts: list[str] = []
     for source in sources:
-        listed = source in WORLD or source.endswith((".txt", ".jsonl"))
-        prompts += read_prompts(source, count, seed) if listed else [source]
+        prompts += read_prompts(source, count, seed) if is_list(source) else [source]
     return prompts
 
 

@@ -1,9 +1,19 @@
-"""Prompt lists: a text file, a JSON-lines file, or the captions of the embedded world."""
+"""Prompt lists: a file as benchmarks publish theirs, or the captions of the embedded world.
+
+.txt          a prompt a line
+.jsonl        an object a line with a `prompt`, `caption` or `text`: GenEval's evaluation_metadata.jsonl
+.json         a list of such objects or of texts: HPSv2's benchmark files
+.tsv, .csv    a table whose header names such a column, or `Prompts`, in any case: PartiPrompts.tsv, DrawBench.csv
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
@@ -12,14 +22,19 @@ from mmalign.shapes import scenes
 
 WORLD = {"shapes:train": "train", "shapes:heldout": "heldout"}
 FIELDS = ("prompt", "caption", "text")
+COLUMNS = (*FIELDS, "prompts")
+
+
+def is_list(source: str) -> bool:
+    """Whether this names a list of prompts rather than being one prompt's text."""
+    return source in WORLD or source.endswith((".txt", *READERS))
 
 
 def read_prompts(source: str, count: int | None = None, seed: int = 0) -> list[str]:
     """Different prompts from a source, in an order drawn by the seed when only `count` of them are wanted.
 
     Args:
-        source: `shapes:train`, `shapes:heldout`, a `.txt` file with a prompt a line, or a `.jsonl` file whose rows
-            have a `prompt` (or `caption` or `text`).
+        source: `shapes:train`, `shapes:heldout`, or a file of the kinds above (of any other ending: a prompt a line).
         count: how many; null for all.
         seed: which ones.
 
@@ -40,31 +55,72 @@ def read_prompts(source: str, count: int | None = None, seed: int = 0) -> list[s
 
 
 def _read(path: Path) -> list[str]:
-    if str(path).startswith("shapes:"):
-        raise UserError(f"no prompt list '{path}'", fix=nearest(str(path), WORLD))
+    if not path.suffix and not path.exists():
+        raise UserError(f"no prompt list '{path}'", fix=f"{nearest(str(path), WORLD)} Or give a file.")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read prompts: {error}", place=str(path)) from error
     prompts: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        prompt = _row(line, f"{path}:{number}") if path.suffix == ".jsonl" else line.strip()
+    for number, found in READERS.get(path.suffix, _lines)(text, path):
+        prompt, place = found.strip(), f"{path}:{number}"
         if not prompt:
-            raise UserError("empty prompt", place=f"{path}:{number}", fix="Remove the line.")
+            raise UserError("empty prompt", place=place, fix="Remove it.")
         if prompt in prompts:
-            raise UserError(f"the prompt of line {prompts[prompt]} again", place=f"{path}:{number}")
+            raise UserError(f"the prompt of {path.name}:{prompts[prompt]} again", place=place)
         prompts[prompt] = number
     if not prompts:
         raise UserError("no prompts", place=str(path))
     return list(prompts)
 
 
-def _row(line: str, place: str) -> str:
+# ------------------------------------------------------- kinds of files: (number of the line or entry, its prompt)
+
+
+def _lines(text: str, path: Path) -> Iterator[tuple[int, str]]:
+    yield from enumerate(text.splitlines(), start=1)
+
+
+def _json_lines(text: str, path: Path) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        yield number, _said(_json(line, f"{path}:{number}"), f"{path}:{number}")
+
+
+def _json_list(text: str, path: Path) -> Iterator[tuple[int, str]]:
+    rows = _json(text, str(path))
+    if not isinstance(rows, list):
+        raise UserError("expected a list of prompts", place=str(path))
+    for number, row in enumerate(rows, start=1):
+        yield number, row if isinstance(row, str) else _said(row, f"{path}:{number}")
+
+
+def _table(text: str, path: Path) -> Iterator[tuple[int, str]]:
+    tabs = path.suffix == ".tsv"  # in which a quotation mark is a character like any other
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", quoting=quoting, strict=True)
     try:
-        row = json.loads(line)
+        header = [name.strip().lower() for name in next(rows, [])]
+        column = next((header.index(name) for name in COLUMNS if name in header), None)
+        if column is None:
+            raise UserError(f"no column {' or '.join(COLUMNS)}", place=f"{path}:1", fix="The first line names columns.")
+        for row in rows:
+            yield rows.line_num, row[column] if column < len(row) else ""
+    except csv.Error as error:
+        raise UserError(f"not a table: {error}", place=f"{path}:{rows.line_num}") from error
+
+
+READERS = {".jsonl": _json_lines, ".json": _json_list, ".tsv": _table, ".csv": _table}
+
+
+def _json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
     except ValueError as error:
         raise UserError(f"not JSON: {error}", place=place) from error
+
+
+def _said(row: Any, place: str) -> str:
     found = [row[field] for field in FIELDS if isinstance(row, dict) and field in row]
     if not found or not isinstance(found[0], str):
         raise UserError(f"a row needs a text field {' or '.join(FIELDS)}", place=place)
-    return found[0].strip()
+    return found[0]

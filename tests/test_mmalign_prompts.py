@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mmalign.errors import UserError
-from mmalign.prompts import read_prompts
+from mmalign.prompts import is_list, read_prompts
 from mmalign.shapes import scenes
 
 
@@ -21,6 +21,21 @@ def test_text_and_json_lines_are_read_in_their_order(tmp_path: Path) -> None:
     assert read_prompts(text) == ["a fox", "ein Fuchs", "лиса"]
     rows = write(tmp_path, "a.jsonl", '{"prompt": "one"}\n{"caption": "two", "id": 2}\n{"text": " three "}\n')
     assert read_prompts(rows) == ["one", "two", "three"]
+
+
+def test_lists_are_read_as_benchmarks_publish_them(tmp_path: Path) -> None:
+    parti = 'Prompt\tCategory\tChallenge\tNote\n"STOP" on a sign\tVehicles\tBasic\t\na "fox, a hare\tAnimals\tBasic\t\n'
+    assert read_prompts(write(tmp_path, "PartiPrompts.tsv", parti)) == ['"STOP" on a sign', 'a "fox, a hare']
+    drawbench = '\ufeffCategory,Prompts\r\nText,"a sign that says ""STOP"", red"\r\nColors,a red fox\r\n'
+    assert read_prompts(write(tmp_path, "drawbench.csv", drawbench)) == ['a sign that says "STOP", red', "a red fox"]
+    assert read_prompts(write(tmp_path, "anime.json", '["one", {"prompt": "two"}]')) == ["one", "two"]
+    geneval = '{"tag": "counting", "include": [{"class": "fox", "count": 2}], "prompt": "two foxes"}\n'
+    assert read_prompts(write(tmp_path, "evaluation_metadata.jsonl", geneval)) == ["two foxes"]
+
+
+def test_a_list_is_told_from_a_text() -> None:
+    assert all(map(is_list, ("shapes:heldout", "PartiPrompts.tsv", "a.txt", "a.json", "b.jsonl", "c.csv")))
+    assert not any(map(is_list, ("a fox", "shapes", "a.png")))
 
 
 def test_some_of_them_are_drawn_by_the_seed(tmp_path: Path) -> None:
@@ -43,8 +58,8 @@ def test_the_embedded_world_splits_without_overlap() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.txt", "fox\n\nhare\n", r"empty prompt \(.*a.txt:2\)\. Remove the line\."),
-        ("a.txt", "fox\nhare\nfox \n", r"the prompt of line 1 again \(.*a.txt:3\)"),
+        ("a.txt", "fox\n\nhare\n", r"empty prompt \(.*a.txt:2\)\. Remove it\."),
+        ("a.txt", "fox\nhare\nfox \n", r"the prompt of a.txt:1 again \(.*a.txt:3\)"),
         ("a.txt", "", r"no prompts \(.*a.txt\)"),
         ("a.txt", "fo\udcffx\n", r"cannot read prompts: .*utf-8.*\(.*a.txt\)"),
         ("a.jsonl", '{"prompt": "fox"}\nfox\n', r"not JSON: .*\(.*a.jsonl:2\)"),
@@ -52,6 +67,18 @@ def test_the_embedded_world_splits_without_overlap() -> None:
         ("a.jsonl", '{"words": "fox"}\n', r"a row needs a text field"),
         ("a.jsonl", '["prompt"]\n', r"a row needs a text field"),
         ("a.jsonl", '{"prompt": "  "}\n', r"empty prompt \(.*a.jsonl:1\)"),
+        ("a.json", '["fox", {"words": "hare"}]', r"a row needs a text field .*\(.*a.json:2\)"),
+        ("a.json", '{"prompt": "fox"}', r"expected a list of prompts \(.*a.json\)"),
+        ("a.json", '["fox"', r"not JSON: .*\(.*a.json\)"),
+        (
+            "a.tsv",
+            "Name\tCategory\nfox\tAnimals\n",
+            r"no column prompt .*\(.*a.tsv:1\)\. The first line names columns\.",
+        ),
+        ("a.tsv", "", r"no column prompt"),
+        ("a.tsv", "Category\tPrompt\nAnimals\n", r"empty prompt \(.*a.tsv:2\)"),
+        ("a.csv", 'Prompts\n"fox\n', r"not a table: .*\(.*a.csv:2\)"),
+        ("a.csv", "Prompts\nfox\nfox\n", r"the prompt of a.csv:2 again \(.*a.csv:3\)"),
     ],
 )
 def test_the_wrong_line_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -62,5 +89,7 @@ def test_the_wrong_line_is_named(tmp_path: Path, name: str, text: str, message: 
 def test_sources_that_do_not_exist(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read prompts: .*No such file"):
         read_prompts(str(tmp_path / "none.txt"))
+    with pytest.raises(UserError, match=r"no prompt list 'parti'\. Known: shapes:heldout, .* Or give a file\."):
+        read_prompts("parti")
     with pytest.raises(UserError, match=r"no prompt list 'shapes:trian'\. Did you mean 'shapes:train'\?"):
         read_prompts("shapes:trian")
