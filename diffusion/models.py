@@ -18,12 +18,13 @@ from jaxtyping import Float, Int64
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusion import hub, schedulers
+from diffusion import schedulers
 from diffusion.conditioning import Conditioning
 from diffusion.overlays import fuse_lora
 from diffusion.pipelines import DTYPES, FAMILIES, Family, embedded_model, open_pipeline
 from diffusion.schedule import NoiseSchedule
 from diffusion.settings import ModelSettings
+from mmalign import hub
 from mmalign.errors import UserError
 from mmalign.fingerprints import module_fingerprint
 from mmalign.progress import progress

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffusion import hub
 from diffusion.adapters import lora_layers
-from mmalign.errors import UserError
+from mmalign import hub
+from mmalign.errors import UserError, reason
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' own name
 SAME = ("in_channels", "out_channels", "cross_attention_dim", "projection_class_embeddings_input_dim")
@@ -53,7 +53,7 @@ def open_unet(source: str, base: Mapping[str, Any], *, dtype: torch.dtype, offli
         )
     except hub.LOADING as error:
         fix = "Its weights must be safetensors of this architecture"
-        raise UserError(f"cannot load the UNet: {hub.reason(error)}", place=place, fix=fix) from error
+        raise UserError(f"cannot load the UNet: {reason(error)}", place=place, fix=fix) from error
     _refuse(info["missing_keys"], info["unexpected_keys"], [str(key) for key, *_ in info["mismatched_keys"]], place)
     return unet
 
@@ -80,7 +80,7 @@ def fuse_lora(pipeline: Any, source: str, *, offline: bool) -> str:
             )[0]
             pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
     except hub.LOADING as error:
-        raise UserError(f"cannot load the LoRA: {hub.reason(error)}", place=place, fix=FITTING) from error
+        raise UserError(f"cannot load the LoRA: {reason(error)}", place=place, fix=FITTING) from error
     # What has no place in the UNet is no error of diffusers.
     given = sum(name.startswith("unet.") and name.endswith(".weight") for name in tensors)
     used = sum(".lora_" in name and name.endswith(".weight") for name in pipeline.unet.state_dict())
@@ -92,7 +92,7 @@ def fuse_lora(pipeline: Any, source: str, *, offline: bool) -> str:
     try:
         pipeline.fuse_lora(components=trained, safe_fusing=True)
     except ValueError as error:
-        raise UserError(f"the fused weights are not finite: {hub.reason(error)}", place=place) from error
+        raise UserError(f"the fused weights are not finite: {reason(error)}", place=place) from error
     pipeline.unload_lora_weights()
     for name in trained:
         getattr(pipeline, name).requires_grad_(False).eval()
@@ -116,7 +116,7 @@ def _from_file(file: Path, base: Mapping[str, Any], place: str) -> Any:
     try:
         tensors: dict[str, Tensor] = load_file(file)
     except hub.LOADING as error:
-        raise UserError(f"the weights cannot be read: {hub.reason(error)}", place=place) from error
+        raise UserError(f"the weights cannot be read: {reason(error)}", place=place) from error
     if any(name.startswith(ORIGINAL) for name in tensors):
         cause, fix = "a checkpoint in the original layout, not diffusers'", "Convert it with diffusers first"
         raise UserError(cause, place=place, fix=fix)

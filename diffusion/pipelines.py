@@ -14,13 +14,12 @@ import diffusers
 import torch
 import transformers
 
-from diffusion import hub
 from diffusion.overlays import open_unet
 from diffusion.schedulers import CLASSES as SCHEDULER_CLASSES
 from diffusion.schedulers import choose_scheduler
 from diffusion.settings import ModelSettings
-from mmalign import shapes
-from mmalign.errors import UserError, nearest
+from mmalign import hub, shapes
+from mmalign.errors import UserError, nearest, reason
 
 Family: TypeAlias = Literal["sd", "sdxl"]
 
@@ -85,7 +84,7 @@ def open_pipeline(settings: ModelSettings, *, unet_dtype: torch.dtype) -> Any:
         )
     except hub.LOADING as error:
         raise UserError(
-            f"cannot load the pipeline: {hub.reason(error)}", place=place, fix="Its weights must be safetensors"
+            f"cannot load the pipeline: {reason(error)}", place=place, fix="Its weights must be safetensors"
         ) from error
     _check_parts(pipeline, place)
     # SDXL's own VAE overflows in fp16 and says so in its configuration: it runs in fp32, as in the pipeline.
@@ -182,7 +181,7 @@ def _open_vae(source: str, options: dict[str, Any]) -> Any:
     try:
         return diffusers.AutoencoderKL.from_pretrained(source, subfolder="vae" if inside else None, **options)
     except hub.LOADING as error:
-        raise UserError(f"cannot load the VAE: {hub.reason(error)}", place=place) from error
+        raise UserError(f"cannot load the VAE: {reason(error)}", place=place) from error
 
 
 def _open_scheduler(folder: Path, place: str) -> Any:

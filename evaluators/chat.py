@@ -21,8 +21,8 @@ from torch import Tensor
 
 from evaluators.preprocess import Preprocess, of_processor
 from evaluators.towers import DTYPES, Precision, choose_device
-from evaluators.weights import fingerprint, open_pretrained, reason
-from mmalign.errors import UserError
+from evaluators.weights import fingerprint, open_pretrained
+from mmalign.errors import UserError, reason
 
 Pictures = Sequence[Image.Image]
 BATCH = 16

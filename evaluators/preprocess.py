@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from evaluators.scorer import Scorer
-from mmalign.errors import UserError
+from mmalign.errors import UserError, reason
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TOLERANCE, COSINE = 0.005, 1e-3  # between the two ways
@@ -129,8 +129,7 @@ def of_folder(folder: Path, size: int) -> Preprocess:
     try:
         found = of_processor(AutoImageProcessor.from_pretrained(folder, local_files_only=True))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise UserError(f"the image processor cannot be loaded: {lines[0][:200]}", place=str(folder)) from error
+        raise UserError(f"the image processor cannot be loaded: {reason(error)}", place=str(folder)) from error
     if found is None or found.size != size:
         what = "is of another kind" if found is None else f"makes {found.size} x {found.size}"
         raise UserError(f"the model reads {size} x {size} pictures, its image processor {what}", place=str(folder))

@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 from PIL import Image
 
 from evaluators.weights import Weights
-from mmalign.errors import UserError, nearest
+from mmalign.errors import UserError, nearest, reason
 
 
 @runtime_checkable
@@ -135,7 +135,7 @@ def score_each(
             opened[index].load()  # Pillow decodes late: damage shows here
         except (UserError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             opened.pop(index, None)
-            rows[index] = Scored(error=_reason(error))
+            rows[index] = Scored(error=reason(error))
     for index, row in _score_opened(scorer, prompts, opened).items():
         rows[index] = row
     return [row if row is not None else Scored(error="not scored") for row in rows]
@@ -149,7 +149,7 @@ def _score_opened(scorer: Scorer, prompts: Sequence[str], images: Mapping[int, I
         given = scorer.score_images([prompts[index] for index in images], list(images.values()))
     except UserError as error:
         if len(images) == 1:
-            return {index: Scored(error=_reason(error)) for index in images}
+            return {index: Scored(error=reason(error)) for index in images}
         found: dict[int, Scored] = {}
         names = list(images)
         for half in (names[: len(names) // 2], names[len(names) // 2 :]):
@@ -165,8 +165,3 @@ def _checked(scorer: Scorer, numbers: Mapping[str, float]) -> Scored:
         if not math.isfinite(value):
             return Scored(error=f"{scorer.identity} returned {name} = {value}")
     return Scored(numbers=dict(numbers))
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300]

@@ -19,16 +19,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mmalign.errors import UserError
+from mmalign import hub
+from mmalign.errors import UserError, reason
 
 FOLDER, ALLOW = "MMALIGN_WEIGHTS", "MMALIGN_DOWNLOAD"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 DIGITS = 8  # of the hash, in an identity
 # of a model's folder, all that is ever fetched: no code, no pickles
@@ -75,10 +74,8 @@ def folder_of_weights() -> Path | None:
 
 def may_download(said: bool = False) -> bool:
     """Whether the hub may be asked."""
-    import huggingface_hub
-
     allowed = said or os.environ.get(ALLOW, "").lower() in ("1", "true", "yes")
-    return allowed and not huggingface_hub.constants.HF_HUB_OFFLINE
+    return allowed and not hub.is_offline()
 
 
 def places(weights: Weights) -> list[Path]:
@@ -113,7 +110,7 @@ def find(weights: Weights, given: str | None = None, *, download: bool = False) 
         inside = path / weights.file if weights.file is not None and path.is_dir() else path
         if _is_there(inside, weights):
             return inside
-        if path.exists() or not HUB_ID.fullmatch(given):
+        if path.exists() or not hub.HUB_ID.fullmatch(given):
             what = f"no {weights.file}" if weights.file else "no folder with a config.json"
             fix = f"Give a path{'' if weights.page else ' or a hub id'}; as published it is {weights.described}."
             raise UserError(f"{what} for {weights.name}", place=given, fix=fix)
@@ -152,23 +149,16 @@ def _in_cache(weights: Weights) -> Path | None:
 
 def _download(weights: Weights) -> Path:
     import huggingface_hub
-    from huggingface_hub import errors
 
     try:
         if weights.file is not None:
             return Path(huggingface_hub.hf_hub_download(weights.repo, weights.file))
         return Path(huggingface_hub.snapshot_download(weights.repo, allow_patterns=PATTERNS))
-    except (OSError, ValueError, errors.HfHubHTTPError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{weights.name} cannot be downloaded: {reason(error)}", place=weights.described) from error
 
 
 # --------------------------------------------------------------------------------------------------- reading
-
-
-def reason(error: Exception) -> str:
-    """The first line of a library's message, short enough for ours."""
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[0].strip()[:200].rstrip(". ")
 
 
 def read_tensors(path: Path) -> dict[str, Any]:

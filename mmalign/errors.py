@@ -24,6 +24,12 @@ class UserError(Exception):
         super().__init__(" ".join(f"{cause}{where}{then}".split()))
 
 
+def reason(error: BaseException) -> str:
+    """The first line of a library's message, short enough for ours."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200].rstrip(". ")
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """A hint for a mistyped name: the closest valid one, or the whole list when none is close."""
     known = sorted(choices)

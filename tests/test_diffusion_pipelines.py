@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import RECIPE, merged, newest, write_store
 from torch import Tensor
 
-from diffusion import hub, weights
+from diffusion import weights
 from diffusion.adapters import add_lora, lora_layers
 from diffusion.export import main as export
 from diffusion.models import DiffusionModel, load_model
@@ -33,7 +33,7 @@ from diffusion.sample import main as sample
 from diffusion.settings import LoraSettings, ModelSettings
 from diffusion.train import main as train
 from diffusion.tuned import find_tuned, open_base, open_tuned
-from mmalign import shapes
+from mmalign import hub, shapes
 from mmalign.errors import UserError
 
 # Euler schedulers of diffusers hand tensors to numpy in a way that numpy 2 deprecates.

@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from mmalign.errors import UserError
+from mmalign.errors import UserError, reason
 from mmalign.media import Media
 from mmalign.records import PLACEHOLDER, Preference, Side
 
@@ -253,6 +253,5 @@ def _apply(messages: Sequence[Mapping[str, Any]], processor: Any, template: str,
             tokenize=False,
         )
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the chat template fails: {reason}", place=place) from error
+        raise UserError(f"the chat template fails: {reason(error)}", place=place) from error
     return str(text)

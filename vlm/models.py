@@ -19,7 +19,7 @@ from jaxtyping import Float, Int64
 from PIL import Image
 from torch import Tensor, nn
 
-from mmalign.errors import UserError
+from mmalign.errors import UserError, reason
 from mmalign.fingerprints import module_fingerprint
 from vlm.attention import cannot_share, share
 from vlm.batch import ImageInput, PaddingSide, Row, VlmBatch, collate
@@ -162,9 +162,8 @@ class VisionLanguageModel:
             try:
                 tensors, text = process(self.processor, self.family, image)
             except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise UserError(
-                    f"the model's image processor refuses a picture of {image.width} x {image.height}: {reason}",
+                    f"the model's image processor refuses a picture of {image.width} x {image.height}: {reason(error)}",
                     place=f"{place}, image {index}",
                 ) from error
             tokens = text.count(self.processor.image_token)

@@ -6,26 +6,19 @@ model is ever run.
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
 import transformers
-from huggingface_hub import errors
-from safetensors import SafetensorError
 
-from mmalign.errors import UserError
+from mmalign import hub
+from mmalign.errors import UserError, reason
 from mmalign.shapes import TALKING, model_folder
 from vlm.families import FAMILIES, Family, configure
 from vlm.settings import VlmModelSettings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# what the libraries raise over files that are missing, damaged or of something else
-LOADING = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError, errors.HfHubHTTPError)
 
 
 def open_network(settings: VlmModelSettings, *, dtype: torch.dtype) -> tuple[Any, Any, Family]:
@@ -43,13 +36,13 @@ def open_network(settings: VlmModelSettings, *, dtype: torch.dtype) -> tuple[Any
     transformers.utils.logging.set_verbosity_error()
     options: dict[str, Any] = {
         "revision": settings.revision,
-        "local_files_only": _offline(settings),
+        "local_files_only": hub.is_offline(settings.offline),
         "trust_remote_code": False,
     }
     try:
         processor: Any = transformers.AutoProcessor.from_pretrained(source, **options)
-    except LOADING as error:
-        raise UserError(f"cannot open the processor: {_reason(error)}", place=place) from error
+    except hub.LOADING as error:
+        raise UserError(f"cannot open the processor: {reason(error)}", place=place) from error
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise UserError("the model has no image processor beside its tokenizer", place=place)
     try:
@@ -61,8 +54,8 @@ def open_network(settings: VlmModelSettings, *, dtype: torch.dtype) -> tuple[Any
             output_loading_info=True,
             **options,
         )
-    except LOADING as error:
-        raise UserError(f"cannot open the model: {_reason(error)}", place=place) from error
+    except hub.LOADING as error:
+        raise UserError(f"cannot open the model: {reason(error)}", place=place) from error
     if missing := sorted(report["missing_keys"]):
         raise UserError(
             f"{len(missing)} weights are missing and would be random, first {missing[0]}",
@@ -80,52 +73,25 @@ def located(path: str) -> str:
     return str(model_folder(TALKING[path])) if path in TALKING else path
 
 
-def _offline(settings: VlmModelSettings) -> bool:
-    return settings.offline or bool(huggingface_hub.constants.HF_HUB_OFFLINE)
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200].rstrip(". ")
-
-
 def _model_type(settings: VlmModelSettings, place: str) -> str:
     """The model type that config.json names, if it is one we know."""
     source = located(settings.path)
-    path = Path(source) / "config.json"
     if Path(source).is_file():
         raise UserError("this is a file, not a model's folder", place=place)
-    if not Path(source).is_dir():
-        if not HUB_ID.fullmatch(source):
-            raise UserError("there is no such folder", place=place, fix="Give a folder or a hub id owner/name")
-        path = _download(settings, place)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        found = config.get("model_type")
-    except FileNotFoundError as error:
-        raise UserError("not a model's folder: it has no config.json", place=place) from error
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"config.json cannot be read: {_reason(error)}", place=place) from error
+    if not Path(source).is_dir() and not hub.HUB_ID.fullmatch(source):
+        raise UserError("there is no such folder", place=place, fix="Give a folder or a hub id owner/name")
+    config = hub.read_json(
+        source,
+        "config.json",
+        revision=settings.revision,
+        offline=hub.is_offline(settings.offline),
+        place=place,
+        missing="not a model's folder: it has no config.json",
+    )
+    found = config.get("model_type")
     if found not in FAMILIES:
         raise UserError(f"a model of type {found} is not supported", place=place, fix=f"Known: {', '.join(FAMILIES)}")
     return str(found)
-
-
-def _download(settings: VlmModelSettings, place: str) -> Path:
-    try:
-        return Path(
-            huggingface_hub.hf_hub_download(
-                settings.path, "config.json", revision=settings.revision, local_files_only=_offline(settings)
-            )
-        )
-    except errors.GatedRepoError as error:
-        cause, fix = "the hub asks for a login and an accepted licence", "Accept it there, then run `hf auth login`"
-        raise UserError(cause, place=place, fix=fix) from error
-    except errors.LocalEntryNotFoundError as error:
-        cause = "no folder here, and not in the local hub cache" + (" (offline)" if _offline(settings) else "")
-        raise UserError(cause, place=place, fix="Download it once while online, or give a folder") from error
-    except (OSError, ValueError, errors.HfHubHTTPError) as error:
-        raise UserError(f"the hub has no such model for you: {_reason(error)}", place=place) from error
 
 
 def _check_weights(folder: Path, place: str) -> None:

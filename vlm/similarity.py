@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.nn import functional
 
-from mmalign.errors import UserError
+from mmalign.errors import UserError, reason
 
 Similarity: TypeAlias = Callable[[Sequence[str], Sequence[str]], list[float]]
 """(texts, texts) -> a number from 0 to 1 for each two; 1 for equal ones."""
@@ -47,8 +47,9 @@ class _Encoder:
             self._tokenizer = AutoTokenizer.from_pretrained(path)
             self._network: Any = AutoModel.from_pretrained(path, use_safetensors=True).eval()
         except (OSError, ValueError, KeyError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"the sentence encoder does not open: {reason}", place=f"make.encoder: {path}") from error
+            raise UserError(
+                f"the sentence encoder does not open: {reason(error)}", place=f"make.encoder: {path}"
+            ) from error
 
     def __call__(self, texts: Sequence[str], others: Sequence[str]) -> list[float]:
         every = list(dict.fromkeys([*texts, *others]))

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmalign.errors import UserError
+from mmalign.errors import UserError, reason
 from mmalign.fingerprints import module_fingerprint
 from mmalign.weightfiles import check_adapter, read_tensors
 from vlm.adapters import lora_layers
@@ -160,8 +160,7 @@ def _whole(network: Any, folder: Path) -> dict[str, Tensor]:
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the weights cannot be read: {reason}", place=str(folder)) from error
+        raise UserError(f"the weights cannot be read: {reason(error)}", place=str(folder)) from error
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{len(missing)} weights are missing, first {missing[0]}", place=str(folder))
     return dict(other.state_dict())

@@ -7,30 +7,24 @@ import re
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-from huggingface_hub import errors
 from safetensors import SafetensorError
 
-from mmalign.errors import UserError
+from mmalign.errors import UserError, reason
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILE = re.compile(rf"({HUB_ID.pattern})/([\w./-]+\.safetensors)")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 CONVERT = "Where you trust it, load it by torch with weights_only=True and write it by safetensors.torch.save_file"
 
-# what the libraries raise over files that are missing, damaged or of something else
-LOADING = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, errors.HfHubHTTPError)
+# what the libraries raise over files that are missing, damaged or of something else; the hub's are OSErrors
+LOADING = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
 
 
-def is_offline(said: bool) -> bool:
+def is_offline(said: bool = False) -> bool:
     """Whether the hub must not be reached, by a recipe's word or by HF_HUB_OFFLINE=1."""
+    import huggingface_hub
+
     return said or bool(huggingface_hub.constants.HF_HUB_OFFLINE)
-
-
-def reason(error: Exception) -> str:
-    """The first line of a library's message, short enough for ours."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200].rstrip(". ")
 
 
 def download(name: str, file: str, *, revision: str | None = None, offline: bool, place: str, missing: str) -> Path:
@@ -43,6 +37,9 @@ def download(name: str, file: str, *, revision: str | None = None, offline: bool
     Raises:
         UserError: no such model, revision or file, no permission, not in the cache while offline, or no connection.
     """
+    import huggingface_hub
+    from huggingface_hub import errors
+
     try:
         return Path(huggingface_hub.hf_hub_download(name, file, revision=revision, local_files_only=offline))
     except errors.GatedRepoError as error:
@@ -78,7 +75,7 @@ def read_json(
     except FileNotFoundError as error:
         raise UserError(missing, place=place) from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {error}", place=place) from error
+        raise UserError(f"{file} cannot be read: {reason(error)}", place=place) from error
     if not isinstance(content, dict):
         raise UserError(f"{file} is not an object", place=place)
     return content
@@ -86,9 +83,11 @@ def read_json(
 
 def has_file(name: str, file: str, *, offline: bool) -> bool:
     """Whether a hub model has a file; offline, whether the cache has it."""
+    import huggingface_hub
+
     try:
         huggingface_hub.hf_hub_download(name, file, local_files_only=offline)
-    except (OSError, ValueError, errors.HfHubHTTPError):
+    except (OSError, ValueError):
         return False
     return True
 
