@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
 
 from evaluators.hallucination.changes import Change
 from evaluators.hallucination.estimate import Estimate
-from evaluators.results import BASE, interval, percent, signed
+from evaluators.results import Evaluation, Model, interval, percent, signed
 
 ALLOWED = 0.03  # recall may fall by this much before fewer false things are no more than fewer things
 
@@ -60,59 +59,36 @@ class Shown:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AnswerArm:
+class AnswerArm(Model):
     """One model.
 
     Attributes:
-        label: its name for people: "POVID".
         numbers: measures with intervals.
         changes: from the base; empty for the base itself.
-        curves: metrics.jsonl of its training; None where it was not trained.
     """
 
-    label: str
     numbers: Mapping[str, Estimate]
     changes: Mapping[str, Change] = field(default_factory=dict)
-    curves: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AnswerReport:
+class AnswerReport(Evaluation):
     """An evaluation of several models on the same held-out pictures and questions.
 
     Attributes:
-        method: what trained the aligned arm: "povid".
-        title: heading of the page.
         pictures: how many held-out pictures.
-        seed, seconds: of the whole run.
-        versions: of the libraries that matter.
-        config: the effective configuration, YAML.
-        command: what to type to get this again.
-        arms: name -> arm, in the order to show them; "base" is one of them.
-        aligned: name of the arm that the report is about.
         shown: the first pictures, never those with the best result, for the page says so.
-        notes: sentences on limits and negative results.
 
     Raises:
         ValueError: the parts do not fit one another.
     """
 
-    method: str
-    title: str
     pictures: int
-    seed: int
-    seconds: float
-    versions: Mapping[str, str]
-    config: str
-    command: str
     arms: Mapping[str, AnswerArm]
-    aligned: str
     shown: Sequence[Shown] = ()
-    notes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if BASE not in self.arms or self.aligned not in self.arms or self.aligned == BASE:
-            raise ValueError(f"arms {list(self.arms)} lack '{BASE}' or the aligned '{self.aligned}'")
+        Evaluation.__post_init__(self)  # classes with slots cannot use super()
         for one in (asked for shown in self.shown for asked in shown.asked):
             if set(one.answers) != set(self.arms):
                 raise ValueError(f"answers of {sorted(one.answers)} for arms {sorted(self.arms)}")
@@ -121,15 +97,9 @@ class AnswerReport:
 def as_json(report: AnswerReport) -> dict[str, Any]:
     """What report.json holds: every arm's numbers and changes, without pictures."""
     return {
-        "method": report.method,
-        "title": report.title,
+        **report.head(),
         "headline": " ".join(sentences(report)),
         "pictures": report.pictures,
-        "seed": report.seed,
-        "seconds": report.seconds,
-        "versions": dict(report.versions),
-        "config": report.config,
-        "command": report.command,
         "aligned": report.aligned,
         "arms": {
             name: {
@@ -139,7 +109,6 @@ def as_json(report: AnswerReport) -> dict[str, Any]:
             }
             for name, arm in report.arms.items()
         },
-        "notes": list(report.notes),
     }
 
 

@@ -13,21 +13,19 @@ from evaluators.hallucination.changes import Change
 from evaluators.page import (
     NONE,
     Curves,
-    again,
     bounds,
     cell,
-    clock,
     decimal,
-    document,
     figure,
-    header,
-    notes,
+    numbers,
+    page,
     picture,
+    style,
     table_row,
     training,
 )
 from evaluators.report import HTML, JSON, read_metrics
-from evaluators.results import BASE, percent, signed
+from evaluators.results import percent, signed
 from evaluators.scorefile import write_whole
 
 # Known numbers, in the order of the table: words, meaning, and whether they are shares.
@@ -78,33 +76,9 @@ def render(report: AnswerReport, curves: Mapping[str, Curves]) -> str:
     """
     found = report.arms[report.aligned].changes
     verdict = "good" if cured(found) else "worse" if found["chair_s"].certain else "none"
-    facts = {
-        "Method": report.method,
-        "Held-out pictures": str(report.pictures),
-        "Seed": str(report.seed),
-        "Took": clock(report.seconds),
-    }
-    trained = ((arm.label, _style(report, name), curves.get(name, {})) for name, arm in report.arms.items())
-    return document(
-        report.title,
-        [
-            header(report.title, verdict, sentences(report), facts),
-            _shown(report),
-            _table(report),
-            _changes(report),
-            training(trained),
-            notes(report.notes),
-            again(report.command, report.versions, report.config),
-        ],
-    )
-
-
-def _style(report: AnswerReport, name: str) -> str:
-    """Class of an arm's colour: the base is grey, the aligned arm blue, the others share what is left."""
-    if name in (BASE, report.aligned):
-        return f"arm-{int(name == report.aligned)}"
-    others = [other for other in report.arms if other not in (BASE, report.aligned)]
-    return f"arm-{2 + others.index(name) % 2}"
+    facts = {"Held-out pictures": str(report.pictures)}
+    body = [_shown(report), _table(report), _changes(report), training(report, curves)]
+    return page(report, verdict, sentences(report), facts, body)
 
 
 # ------------------------------------------------------------------------------------------------ answers
@@ -153,7 +127,6 @@ def marked(said: Said) -> str:
 def _table(report: AnswerReport) -> str:
     known = {name for arm in report.arms.values() for name in (*arm.numbers, *arm.changes)}
     names = [name for name in _NUMBERS if name in known]
-    head = "".join(f'<th scope="col">{escape(arm.label)}</th>' for arm in report.arms.values())
     rows = []
     for name in names:
         words, meaning, share = _NUMBERS[name]
@@ -169,14 +142,11 @@ def _table(report: AnswerReport) -> str:
         ])
         for name in (*_CHARTED, "mentions", "sight") if name in known
     ]  # fmt: skip
-    return (
-        '<section><h2>Numbers</h2><p class="quiet">Below each number is its 95 % interval over pictures; that of a '
-        "change draws pictures anew and compares both models on the same draw.</p>"
-        '<div class="wide"><table>'
-        f'<thead><tr><th scope="col"><span hidden>number</span></th>{head}</tr></thead>'
-        f'<tbody>{"".join(rows)}</tbody><tbody class="against">{"".join(moved)}</tbody>'
-        "</table></div></section>"
+    told = (
+        "Below each number is its 95 % interval over pictures; that of a change draws pictures anew and compares "
+        "both models on the same draw."
     )
+    return numbers(report, told, rows, moved)
 
 
 def _base(report: AnswerReport, name: str) -> float | None:
@@ -200,7 +170,7 @@ def _changes(report: AnswerReport) -> str:
     figures = []
     for name, title in _CHARTED.items():
         rows: Sequence[tuple[str, float, tuple[float, float], str]] = [
-            (arm.label, 100 * one.value, (100 * one.ci95[0], 100 * one.ci95[1]), _style(report, key))
+            (arm.label, 100 * one.value, (100 * one.ci95[0], 100 * one.ci95[1]), style(report, key))
             for key, arm in report.arms.items()
             if (one := arm.changes.get(name)) is not None and one.value is not None and one.ci95 is not None
         ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from evaluators import charts
 from evaluators.overoptimisation import Look, deviations, first_verdict
-from evaluators.results import BASE, Report, percent, points, sentences, signed
+from evaluators.results import BASE, Evaluation, Report, percent, points, sentences, signed
 from mmalign.statistics import Interval, PairedReport
 
 OPEN_ROWS = 12  # of the picture grid; the others are folded away
@@ -50,35 +50,43 @@ def render(report: Report, curves: Mapping[str, Curves], watches: Mapping[str, S
     pair = report.paired[report.aligned]
     found = "good" if pair.ci95[0] > 0.5 else "worse" if pair.ci95[1] < 0.5 else "none"
     facts = {
-        "Method": report.method,
         "Taught": report.preference,
         "Held-out prompts": str(report.prompts),
         "Pictures per model": str(pair.n),
-        "Seed": str(report.seed),
-        "Took": clock(report.seconds),
     }
     body = [
-        header(report.title, found, sentences(report), facts),
         _grid(report),
         _table(report),
         _differences(report),
-        training((arm.label, _style(report, name), curves.get(name, {})) for name, arm in report.arms.items()),
+        training(report, curves),
         _watches(report, watches or {}),
-        notes(report.notes),
-        again(report.command, report.versions, report.config),
     ]
-    return document(report.title, body)
+    return page(report, found, sentences(report), facts, body)
+
+
+def page(report: Evaluation, found: str, said: Sequence[str], facts: Mapping[str, str], body: Sequence[str]) -> str:
+    """A report's page.
+
+    Args:
+        found: "good", "worse" or "none".
+        said: sentences on what was found, the most important first.
+        facts: about this kind of evaluation, to stand among those that every one has.
+        body: between header and notes.
+    """
+    about = {"Method": report.method, **facts, "Seed": str(report.seed), "Took": clock(report.seconds)}
+    head, tail = header(report.title, found, said, about), again(report.command, report.versions, report.config)
+    return document(report.title, [head, *body, notes(report.notes), tail])
 
 
 def document(title: str, body: Sequence[str]) -> str:
     """A whole page: head, style and the parts of the body that are not empty."""
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    css = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>{escape(title)}</title>\n<style>\n{style}</style></head>\n<body><main>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{css}</style></head>\n<body><main>\n"
         + "\n".join(part for part in body if part)
         + "\n</main></body></html>\n"
     )
@@ -149,7 +157,6 @@ def picture(image: Image.Image, told: str) -> str:
 def _table(report: Report) -> str:
     """Numbers by arm, then the comparisons with the base."""
     names = list(dict.fromkeys(name for arm in report.arms.values() for name in arm.numbers))
-    head = "".join(f'<th scope="col">{escape(arm.label)}</th>' for arm in report.arms.values())
     rows = []
     for name in names:
         words, meaning, share = _NUMBERS.get(name, (name.removesuffix("_mean").replace("_", " "), "", False))
@@ -172,11 +179,23 @@ def _table(report: Report) -> str:
         label = report.arms[report.aligned].label
         cells = [f"<td>{_rate(report.over[a]) if a in report.over else NONE}</td>" for a in report.arms]
         last.append(table_row(f"{label} wins against it", f"by {report.preference}, ties count half", cells))
+    return numbers(report, "Below each number is its 95 % interval over prompts.", rows, last)
+
+
+def numbers(report: Evaluation, told: str, rows: Sequence[str], against: Sequence[str]) -> str:
+    """The table of all arms.
+
+    Args:
+        told: what must be known to read it.
+        rows: of numbers, see `table_row`.
+        against: of comparisons with the base.
+    """
+    head = "".join(f'<th scope="col">{escape(arm.label)}</th>' for arm in report.arms.values())
     return (
-        '<section><h2>Numbers</h2><p class="quiet">Below each number is its 95 % interval over prompts.</p>'
+        f'<section><h2>Numbers</h2><p class="quiet">{told}</p>'
         '<div class="wide"><table>'
         f'<thead><tr><th scope="col"><span hidden>number</span></th>{head}</tr></thead>'
-        f'<tbody>{"".join(rows)}</tbody><tbody class="against">{"".join(last)}</tbody>'
+        f'<tbody>{"".join(rows)}</tbody><tbody class="against">{"".join(against)}</tbody>'
         "</table></div></section>"
     )
 
@@ -230,7 +249,7 @@ def clock(seconds: float) -> str:
 # ------------------------------------------------------------------------------------------------ charts
 
 
-def _style(report: Report, name: str) -> str:
+def style(report: Evaluation, name: str) -> str:
     """Class of an arm's colour: the base is grey, the aligned arm blue, the others share what is left."""
     if name in (BASE, report.aligned):
         return f"arm-{int(name == report.aligned)}"
@@ -252,7 +271,7 @@ def _differences(report: Report) -> str:
             report.arms[name].label,
             report.paired[name].win_rate,
             report.paired[name].ci95,
-            _style(report, name),
+            style(report, name),
         )
         for name in compared
     ]
@@ -271,7 +290,7 @@ def _differences(report: Report) -> str:
         if base and arm.per_prompt:
             moved = [after - before for before, after in zip(base, arm.per_prompt, strict=True)]
             across = f"{report.preference}: change from the base"
-            chart = charts.histogram(moved, name=arm.label, across=across[:60], style=_style(report, name))
+            chart = charts.histogram(moved, name=arm.label, across=across[:60], style=style(report, name))
             figures.append(
                 figure(
                     f"{arm.label}: changes",
@@ -282,18 +301,20 @@ def _differences(report: Report) -> str:
     return f'<section><h2>Against the base</h2><div class="charts">{"".join(figures)}</div></section>'
 
 
-def training(arms: Iterable[tuple[str, str, Curves]]) -> str:
+def training(report: Evaluation, curves: Mapping[str, Curves]) -> str:
     """The curves that runs logged.
 
     Args:
-        arms: (label, class of its lines, points of each logged number).
+        curves: for the arms that were trained, the points of each logged number.
     """
     figures = []
-    for label, style, logged in arms:
+    for name, arm in report.arms.items():
+        logged = curves.get(name, {})
         for key, (title, zero) in _CURVES.items():
             if key in logged:
-                told = f"{label}: {title}"
-                figures.append(figure(told, charts.lines(logged[key], name=told, zero=zero, style=style)))
+                told = f"{arm.label}: {title}"
+                drawn = charts.lines(logged[key], name=told, zero=zero, style=style(report, name))
+                figures.append(figure(told, drawn))
     if not figures:
         return ""
     return (

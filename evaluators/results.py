@@ -22,26 +22,83 @@ _NOT_NUMBERS = {"arm", "label", "intervals", "per_prompt"}  # what else report.j
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Arm:
-    """One model on the evaluation prompts.
+class Model:
+    """One of the models of an evaluation.
 
     Attributes:
         label: its name for people: "Diffusion-DPO".
+        curves: metrics.jsonl of its training; None where it was not trained.
+    """
+
+    label: str
+    curves: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """What reports of every kind begin and end with.
+
+    Attributes:
+        method: what trained the aligned arm: "dpo".
+        title: heading of the page.
+        seed, seconds: of the whole run.
+        versions: of the libraries that matter.
+        config: the effective configuration, YAML.
+        command: what to type to get this again.
+        arms: name -> arm, in the order to show them; "base" is one of them.
+        aligned: name of the arm that the report is about.
+        notes: sentences on limits and negative results.
+
+    Raises:
+        ValueError: the base or the aligned arm is missing.
+    """
+
+    method: str
+    title: str
+    seed: int
+    seconds: float
+    versions: Mapping[str, str]
+    config: str
+    command: str
+    arms: Mapping[str, Model]
+    aligned: str
+    notes: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if BASE not in self.arms or self.aligned not in self.arms or self.aligned == BASE:
+            raise ValueError(f"arms {list(self.arms)} lack '{BASE}' or the aligned '{self.aligned}'")
+
+    def head(self) -> dict[str, Any]:
+        """What report.json says of every evaluation."""
+        return {
+            "method": self.method,
+            "title": self.title,
+            "seed": self.seed,
+            "seconds": self.seconds,
+            "versions": dict(self.versions),
+            "config": self.config,
+            "command": self.command,
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arm(Model):
+    """One model on the evaluation prompts.
+
+    Attributes:
         numbers: means over the units under their names in report.json: {"faithful": 0.54, "clip_mean": 0.31}.
         intervals: their 95 % intervals, of those that have one.
         per_prompt: score of each unit by the preference that was taught, in the same order for every arm.
         images: pictures of `Report.shown`, one for each.
         captions: what is said below each of these pictures; empty or one for each.
-        curves: metrics.jsonl of its training; None where it was not trained.
     """
 
-    label: str
     numbers: Mapping[str, float]
     intervals: Mapping[str, Interval] = field(default_factory=dict)
     per_prompt: Sequence[float] = ()
     images: Sequence[Image.Image] = ()
     captions: Sequence[str] = ()
-    curves: Path | None = None
 
 
 def measured(
@@ -84,52 +141,33 @@ def measured(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Report:
+class Report(Evaluation):
     """An evaluation of several models on the same held-out prompts and seeds.
 
     Attributes:
-        method: what trained the aligned arm: "dpo".
         preference: what was taught, and judges `paired`: "style".
-        title: heading of the page.
         prompts: how many held-out prompts.
-        seed, seconds: of the whole run.
-        versions: of the libraries that matter.
-        config: the effective configuration, YAML.
-        command: what to type to get this again.
-        arms: name -> arm, in the order to show them; "base" is one of them.
-        aligned: name of the arm that the report is about.
         paired: every other arm against the base, by the taught preference.
         faithful: the same by faithfulness, where that was measured.
         over: the aligned arm against others than the base, by the taught preference: what the method adds.
         shown: prompts of the picture grid, for which every arm has its image: the first ones, say, never
             those with the best result, for the page says so.
-        notes: sentences on limits and negative results.
 
     Raises:
         ValueError: the parts do not fit one another.
     """
 
-    method: str
     preference: str
-    title: str
     prompts: int
-    seed: int
-    seconds: float
-    versions: Mapping[str, str]
-    config: str
-    command: str
     arms: Mapping[str, Arm]
-    aligned: str
     paired: Mapping[str, PairedReport]
     faithful: Mapping[str, PairedReport] = field(default_factory=dict)
     over: Mapping[str, PairedReport] = field(default_factory=dict)
     shown: Sequence[str] = ()
-    notes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        Evaluation.__post_init__(self)  # classes with slots cannot use super()
         others = set(self.arms) - {BASE}
-        if len(others) == len(self.arms) or self.aligned not in others:
-            raise ValueError(f"arms {list(self.arms)} lack '{BASE}' or the aligned '{self.aligned}'")
         if set(self.paired) != others:
             raise ValueError(f"paired has {list(self.paired)}, the arms beside the base are {sorted(others)}")
         if not set(self.faithful) <= others or not set(self.over) <= others - {self.aligned}:
@@ -173,21 +211,14 @@ def as_json(report: Report, watches: Mapping[str, Sequence[Look]] | None = None)
         for name, arm in report.arms.items()
     }
     said = {
-        "method": report.method,
+        **report.head(),
         "preference": report.preference,
-        "title": report.title,
         "headline": headline(report),
         "prompts": report.prompts,
-        "seed": report.seed,
-        "seconds": report.seconds,
-        "versions": dict(report.versions),
-        "config": report.config,
-        "command": report.command,
         "paired": asdict(report.paired[report.aligned]),
         "paired_arms": {name: asdict(pair) for name, pair in report.paired.items()},
         "faithful_arms": {name: asdict(pair) for name, pair in report.faithful.items()},
         "over": {name: asdict(pair) for name, pair in report.over.items()},
-        "notes": list(report.notes),
         "watch": {name: _watched(history) for name, history in (watches or {}).items()},
     }
     assert set(said) == _KEYS
