@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from mmalign.config import Settings
 from mmalign.pairdata import PairDataSettings
+from mmalign.precision import Precision
 
 Pixels = Annotated[int, Field(gt=0)]
 
@@ -43,7 +44,7 @@ class ModelSettings(Settings):
         description="of a few-step model, how many timesteps it was distilled at: 4 for SDXL-Turbo and DMD2 "
         "(999, 749, 499, 249); null: not a few-step model, or as its LCM scheduler says",
     )
-    dtype: Literal["fp32", "bf16", "fp16"] = Field(
+    dtype: Precision = Field(
         default="fp32",
         description="of what is not trained: text encoders, VAE and, with an adapter, the UNet",
     )

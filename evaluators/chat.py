@@ -20,9 +20,10 @@ from PIL import Image
 from torch import Tensor
 
 from evaluators.preprocess import Preprocess, of_processor
-from evaluators.towers import DTYPES, Precision, choose_device
+from evaluators.towers import DTYPES, choose_device
 from evaluators.weights import fingerprint, open_pretrained
 from mmalign.errors import UserError, reason
+from mmalign.precision import Precision
 
 Pictures = Sequence[Image.Image]
 BATCH = 16

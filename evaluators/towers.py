@@ -24,10 +24,10 @@ from torch.nn import functional
 from evaluators.preprocess import Preprocess, of_folder
 from evaluators.weights import fingerprint, load_strictly, open_pretrained, read_tensors
 from mmalign.errors import UserError
+from mmalign.precision import Precision
 
 BATCH = 64
 REMEMBERED = 16384  # texts: 64 MB of a ViT-H's
-Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

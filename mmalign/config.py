@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from mmalign import yamltext
 from mmalign.errors import UserError
 from mmalign.explain import explain, kind_of, suggest
+from mmalign.precision import Precision
 
 MAX_BYTES = 1_000_000  # a recipe is a page; what is larger is another file given by mistake
 
@@ -113,7 +114,7 @@ class LoopSettings(Settings):
         1, gt=0, description="forwards per update; pairs per update = batch_size * accumulation * devices"
     )
     seed: int = Field(0, ge=0, lt=2**32, description="seed of every draw; 0 is a seed like any other")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the forwards; losses are fp32 always")
+    precision: Precision = Field("fp32", description="of the forwards; losses are fp32 always")
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward: less memory, slower"
     )

@@ -15,16 +15,16 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from mmalign.cli import Parser
 from mmalign.errors import UserError
+from mmalign.precision import Precision
 
 if TYPE_CHECKING:
     from mmalign.records import Side
     from vlm.models import VisionLanguageModel
 
-Dtype: TypeAlias = Literal["fp32", "bf16", "fp16"]
 _RUN = ("manifest.json", "config.yaml")  # a checkpoint's and a run's
 
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--file", type=Path, metavar="ROWS", help="JSON lines of {image, prompt, id?}")
     parser.add_argument("--out", type=Path, metavar="ANSWERS", help="JSON lines, appended to (default: printed)")
     parser.add_argument(
-        "--dtype", choices=get_args(Dtype), default="fp32", help="of the weights (default: %(default)s)"
+        "--dtype", choices=get_args(Precision), default="fp32", help="of the weights (default: %(default)s)"
     )
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token (default)")
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 # ---------------------------------------------------------------------------------------------- the model
 
 
-def open_any(path: str, adapter: Path | None, dtype: Dtype = "fp32") -> VisionLanguageModel:
+def open_any(path: str, adapter: Path | None, dtype: Precision = "fp32") -> VisionLanguageModel:
     """A model, or what a run made of it, with an adapter on top where one is given.
 
     Args:

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from mmalign.config import Settings
+from mmalign.precision import Precision
 
 
 class VlmModelSettings(Settings):
@@ -14,7 +15,7 @@ class VlmModelSettings(Settings):
 
     path: str = Field(min_length=1, description="a folder of transformers, a hub id, or shapes-vlm, which comes along")
     revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
-    dtype: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="of all weights that are not trained")
+    dtype: Precision = Field(default="fp32", description="of all weights that are not trained")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         default="sdpa", description="flash_attention_2 needs its package and a GPU"
     )

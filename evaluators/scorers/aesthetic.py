@@ -17,8 +17,9 @@ from torch import Tensor
 
 from evaluators.heads import Affine, fold
 from evaluators.scorer import Card
-from evaluators.towers import ClipTower, Precision, TowerScorer
+from evaluators.towers import ClipTower, TowerScorer
 from evaluators.weights import Weights, find, fingerprint, read_tensors
+from mmalign.precision import Precision
 
 TOWER = Weights(
     name="clip-vit-large-patch14",

@@ -8,9 +8,10 @@ Hessel's CLIPScore is another number, `clipscore`. Source: Radford et al. 2103.0
 from __future__ import annotations
 
 from evaluators.scorer import Card
-from evaluators.towers import ClipTower, CosineScorer, Precision
+from evaluators.towers import ClipTower, CosineScorer
 from evaluators.weights import Weights, find
 from mmalign import shapes
+from mmalign.precision import Precision
 
 WEIGHTS = Weights(name="clip", repo="openai/clip-vit-large-patch14", gigabytes=1.7, licence="MIT (card: for research)")
 CARD = Card(unit="cosine, -1 to 1", licence="the model's; the embedded one Apache-2.0", weights=())

@@ -8,8 +8,9 @@ Source: Hessel et al. 2104.08718, with CLIP ViT-B/32.
 from __future__ import annotations
 
 from evaluators.scorer import Card
-from evaluators.towers import ClipTower, CosineScorer, Precision
+from evaluators.towers import ClipTower, CosineScorer
 from evaluators.weights import Weights, find
+from mmalign.precision import Precision
 
 PREFIX, WEIGHT = "A photo depicts ", 2.5
 WEIGHTS = Weights(

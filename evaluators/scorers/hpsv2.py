@@ -11,9 +11,10 @@ Source: Wu et al. 2306.09341.
 from __future__ import annotations
 
 from evaluators.scorer import Card
-from evaluators.towers import CosineScorer, OpenClipTower, Precision
+from evaluators.towers import CosineScorer, OpenClipTower
 from evaluators.weights import Weights, find
 from mmalign.errors import UserError, nearest
+from mmalign.precision import Precision
 
 # 986 M parameters, of 2 bytes or of 4: which of the two the files have is not known here
 FILES = {

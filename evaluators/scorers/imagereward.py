@@ -24,9 +24,10 @@ from evaluators.blip import Blip
 from evaluators.heads import fold
 from evaluators.preprocess import Preprocess
 from evaluators.scorer import Card
-from evaluators.towers import DTYPES, Precision, choose_device, chunks
+from evaluators.towers import DTYPES, choose_device, chunks
 from evaluators.weights import Weights, find, fingerprint, read_tensors
 from mmalign.errors import UserError
+from mmalign.precision import Precision
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's output on the training set
 TOKENS = 35

@@ -11,8 +11,9 @@ Source: Kirstain et al. 2305.01569.
 from __future__ import annotations
 
 from evaluators.scorer import Card
-from evaluators.towers import ClipTower, CosineScorer, Precision
+from evaluators.towers import ClipTower, CosineScorer
 from evaluators.weights import Weights, find
+from mmalign.precision import Precision
 
 WEIGHTS = Weights(
     name="pickscore",

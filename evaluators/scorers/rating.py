@@ -16,9 +16,9 @@ from torch import Tensor
 
 from evaluators.chat import ChatModel, token_ids
 from evaluators.scorer import Card
-from evaluators.towers import Precision
 from evaluators.weights import Weights, find, fingerprint
 from mmalign.errors import UserError
+from mmalign.precision import Precision
 
 QUESTION = (
     'This picture was made for the text "{prompt}". Rate from 1 to {digits} how well it shows the text and how good it '

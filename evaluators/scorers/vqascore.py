@@ -21,9 +21,9 @@ from torch import Tensor
 
 from evaluators.chat import ChatModel, token_ids
 from evaluators.scorer import Card
-from evaluators.towers import Precision
 from evaluators.weights import Weights, find, fingerprint
 from mmalign.errors import UserError, nearest
+from mmalign.precision import Precision
 
 QUESTION = 'Does this figure show "{prompt}"? Please answer Yes or No.'
 YES, NO = ("Yes", "yes", "YES"), ("No", "no", "NO")
