@@ -211,6 +211,56 @@ def _log_odds(logp: Float[Tensor, " items"]) -> Float[Tensor, " items"]:
     return logp - torch.where(logp > -math.log(2), near, far)
 
 
+def tdpo1(
+    margin: Float[Tensor, " pairs"],
+    chosen_kl: Float[Tensor, " pairs"],
+    rejected_kl: Float[Tensor, " pairs"],
+    scale: float,
+) -> Float[Tensor, " pairs"]:
+    """TDPO1, -log sigmoid(h - k (K_rejected - K_chosen)) (Zeng et al. 2404.11999).
+
+    What Bradley-Terry over tokens adds to DPO: an answer's value is its reward and how far the policy has moved along
+    it, so that both rise together.
+
+    Args:
+        chosen_kl, rejected_kl: K, KL(reference || policy) of the next token, summed over an answer's positions.
+        scale: k, the scale the margin carries.
+    """
+    return sigmoid(margin - scale * (rejected_kl - chosen_kl))
+
+
+def tdpo2(
+    margin: Float[Tensor, " pairs"],
+    chosen_kl: Float[Tensor, " pairs"],
+    rejected_kl: Float[Tensor, " pairs"],
+    scale: float,
+    *,
+    alpha: float,
+) -> Float[Tensor, " pairs"]:
+    """TDPO2, -log sigmoid(h - alpha k (K_rejected - K_chosen)) with K_chosen a constant (2404.11999).
+
+    TDPO1 gains from drifting along the chosen answer; here only holding still along the rejected one is learnt.
+
+    Args:
+        chosen_kl, rejected_kl, scale: as for `tdpo1`.
+        alpha: weight of the difference, 0 or more; 0 is DPO.
+    """
+    return sigmoid(margin - alpha * scale * (rejected_kl - chosen_kl.detach()))
+
+
+def rrpo(
+    margin: Float[Tensor, " pairs"], chosen_kl: Float[Tensor, " pairs"], *, alpha: float
+) -> Float[Tensor, " pairs"]:
+    """RRPO, -log sigmoid(h) + alpha K_chosen (Sarkar & Etemad 2504.12083).
+
+    Args:
+        margin: of rewards that count the differing phrases alone.
+        chosen_kl: K, KL(reference || policy) of the next token, summed over all positions of the chosen answer.
+        alpha: weight of it, per nat, 0 or more.
+    """
+    return sigmoid(margin) + alpha * chosen_kl
+
+
 def hinge(margin: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
     """SLiC, max(0, 1 - h) (2305.10425): nothing more to gain once the margin is 1."""
     return F.relu(1 - margin)

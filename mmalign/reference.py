@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from mmalign.errors import UserError
 
 Compute = Callable[[nn.Module], Tensor]
+Made = TypeVar("Made")
 
 
 @runtime_checkable
@@ -38,7 +39,7 @@ class Reference(Protocol):
         """
         ...
 
-    def run(self, compute: Compute) -> Tensor:
+    def run(self, compute: Callable[[nn.Module], Made]) -> Made:
         """Whatever else the reference makes, without a graph; nothing of it is kept."""
         ...
 
@@ -80,7 +81,7 @@ class AdaptersOff:
     def score(self, keys: Sequence[str], compute: Compute) -> Tensor:
         return self.run(compute)
 
-    def run(self, compute: Compute) -> Tensor:
+    def run(self, compute: Callable[[nn.Module], Made]) -> Made:
         with torch.no_grad(), self._disabled():
             return compute(self._module)
 
@@ -99,7 +100,7 @@ class FrozenCopy:
     def score(self, keys: Sequence[str], compute: Compute) -> Tensor:
         return self.run(compute)
 
-    def run(self, compute: Compute) -> Tensor:
+    def run(self, compute: Callable[[nn.Module], Made]) -> Made:
         with torch.no_grad(), self._autocast():
             return compute(self._module)
 
@@ -137,7 +138,7 @@ class Cached:
         self._rows.update(zip(keys, rows, strict=True))
         return rows
 
-    def run(self, compute: Compute) -> Tensor:
+    def run(self, compute: Callable[[nn.Module], Made]) -> Made:
         return self._inner.run(compute)
 
     def save(self) -> None:

@@ -60,6 +60,14 @@ MUTATIONS = [
     ("offset", "sigmoid(margin - strength * gap)", "sigmoid(margin - gap)"),
     ("length", "sigmoid(margin + alpha * longer)", "sigmoid(margin - alpha * longer)"),
     ("length", "sigmoid(margin + alpha * longer)", "sigmoid(margin + longer)"),
+    ("tdpo1", "margin - scale * (rejected_kl - chosen_kl)", "margin + scale * (rejected_kl - chosen_kl)"),
+    ("tdpo1", "margin - scale * (rejected_kl - chosen_kl)", "margin - (rejected_kl - chosen_kl)"),
+    ("tdpo1", "margin - scale * (rejected_kl - chosen_kl)", "margin - scale * (rejected_kl - chosen_kl.detach())"),
+    ("tdpo2", "margin - alpha * scale * (rejected_kl", "margin + alpha * scale * (rejected_kl"),
+    ("tdpo2", "margin - alpha * scale * (rejected_kl", "margin - scale * (rejected_kl"),
+    ("tdpo2", "rejected_kl - chosen_kl.detach()", "rejected_kl - chosen_kl"),
+    ("rrpo", "sigmoid(margin) + alpha * chosen_kl", "sigmoid(margin) - alpha * chosen_kl"),
+    ("rrpo", "sigmoid(margin) + alpha * chosen_kl", "sigmoid(margin) + chosen_kl"),
     ("hinge", "F.relu(1 - margin)", "F.relu(1 + margin)"),
     ("hinge", "F.relu(1 - margin)", "F.relu(2 - margin)"),
     ("reward_difference", "(margin - gap / temperature)", "(margin + gap / temperature)"),
@@ -150,7 +158,8 @@ def test_every_loss_has_a_mutation() -> None:
 
     covered = [mutation[0] for mutation in MUTATIONS]
     on_steps = ["proximal_reward_difference", "step_preference", "policy_gradient", "advantages", "dominance"]
-    for loss in [*PAIR_LOSSES, "kto", *on_steps]:
+    with_a_divergence = ["tdpo1", "tdpo2", "rrpo"]
+    for loss in [*PAIR_LOSSES, "kto", *on_steps, *with_a_divergence]:
         assert covered.count(loss) >= 2, f"{loss} wants a flipped sign and a changed factor"
 
 

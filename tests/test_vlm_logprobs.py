@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vlm.logprobs import TokenLogps, token_logps
+from vlm.logprobs import Distributions, TokenLogps, compared_at, token_logps
 
 ROWS, TOKENS, WIDTH, VOCABULARY = 3, 11, 5, 97
 # right padding, left padding, and an answer in the middle of a row
@@ -165,3 +165,108 @@ def test_rows_that_cannot_be_scored() -> None:
 def test_shapes_are_checked() -> None:
     with pytest.raises(Exception, match="tokens"):
         TokenLogps(values=torch.zeros(2, 3), completion=torch.zeros(2, 4, dtype=torch.bool))
+
+
+def two_models(dtype: torch.dtype = torch.float64) -> tuple[Distributions, Distributions, Tensor, nn.Linear]:
+    """(policy, reference, targets, the policy's head): positions of `example`, the reference a little elsewhere."""
+    hidden, ids, _, head = example(dtype)
+    states = hidden.flatten(0, 1)
+    generator = torch.Generator().manual_seed(2)
+    other = nn.Linear(WIDTH, VOCABULARY, bias=False, dtype=dtype).requires_grad_(False)
+    other.weight.copy_(head.weight + 0.1 * torch.randn(VOCABULARY, WIDTH, generator=generator).to(dtype))
+    moved = states + 0.1 * torch.randn(states.shape, generator=generator).to(dtype)
+    policy = Distributions(states=states.requires_grad_(True), head=head)
+    return policy, Distributions(states=moved, head=other), ids.flatten(), head
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1000])
+def test_divergences_of_two_models_by_hand(chunk: int) -> None:
+    policy, reference, targets, head = two_models()
+    found = compared_at(policy, reference, targets, chunk=chunk)
+    for position, (mine, theirs) in enumerate(zip(policy.states.tolist(), reference.states.tolist(), strict=True)):
+        chances = []
+        for weights, state in ((head.weight, mine), (reference.head.weight, theirs)):
+            logits = [sum(w * x for w, x in zip(line, state, strict=True)) for line in weights.tolist()]
+            total = math.log(math.fsum(math.exp(logit) for logit in logits))
+            chances.append([logit - total for logit in logits])
+        p, q = chances
+        divergence = math.fsum(math.exp(b) * (b - a) for a, b in zip(p, q, strict=True))
+        said = int(targets[position])
+        expected = torch.tensor([p[said], q[said], divergence], dtype=torch.float64)
+        torch.testing.assert_close(found[:, position].detach(), expected, rtol=0, atol=1e-9)
+        assert divergence > 0
+    with torch.no_grad():
+        assert torch.equal(compared_at(policy, reference, targets, chunk=chunk), found)
+
+
+def test_three_tokens_on_paper() -> None:
+    def head(chances: Tensor) -> Tensor:
+        return chances.log() + 3.0  # logits may be off by a constant
+
+    policy = Distributions(states=torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64), head=head)
+    reference = Distributions(states=torch.tensor([[0.25, 0.5, 0.25]], dtype=torch.float64), head=head)
+    found = compared_at(policy, reference, torch.tensor([0]), chunk=8)[:, 0]
+    expected = [-math.log(2), -math.log(4), 0.25 * math.log(2)]  # 1/4 log 1/2 + 1/2 log 2 + 1/4 log 1
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+    lopsided = Distributions(states=torch.tensor([[0.8, 0.1, 0.1]], dtype=torch.float64), head=head)
+    one, other = (
+        float(compared_at(*both, torch.tensor([0]), chunk=8)[2]) for both in ((policy, lopsided), (lopsided, policy))
+    )
+    assert one == pytest.approx(0.8 * math.log(1.6) + 0.2 * math.log(0.4))  # what is left out of p costs by q
+    assert other == pytest.approx(0.5 * math.log(0.625) + 0.5 * math.log(2.5))
+
+
+def test_divergence_pulls_the_policy_alone() -> None:
+    policy, reference, targets, head = two_models()
+    weights = torch.linspace(-1, 2, len(targets), dtype=torch.float64)
+
+    def total(states: Tensor) -> Tensor:
+        moved = Distributions(states=states, head=head)
+        return (compared_at(moved, reference, targets, chunk=7)[2] * weights).sum()
+
+    states = policy.states.detach()[:, :2].clone().requires_grad_(True)
+    rest = policy.states.detach()[:, 2:]
+    assert torch.autograd.gradcheck(lambda some: total(torch.cat([some, rest], 1)), (states,))
+
+    tracked = reference.states.clone().requires_grad_(True)
+    own = Distributions(states=tracked, head=head)  # with adapters off, both have one head
+    compared_at(policy, own, targets, chunk=7)[2].mul(weights).sum().backward()
+    assert tracked.grad is None and policy.states.grad is not None and head.weight.grad is not None
+    expected = torch.zeros_like(head.weight)
+    with torch.no_grad():
+        excess = head(policy.states).softmax(1) - head(tracked).softmax(1)  # of KL(q || p) by p's logits
+        expected = (excess * weights[:, None]).T @ policy.states
+    torch.testing.assert_close(head.weight.grad, expected)
+
+
+def test_equal_models_do_not_diverge() -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        policy, _, targets, head = two_models(dtype)
+        same = Distributions(states=policy.states.detach().clone(), head=head)
+        mine, theirs, divergence = compared_at(policy, same, targets, chunk=4)
+        assert divergence.dtype == torch.promote_types(dtype, torch.float32)
+        assert torch.equal(mine, theirs) and not divergence.any()
+        divergence.sum().backward()
+        assert policy.states.grad is not None
+        assert policy.states.grad.abs().max() < (1e-12 if dtype == torch.float64 else 1e-4)
+
+
+def test_a_token_that_cannot_be_said_leaves_a_number() -> None:
+    policy, reference, targets, head = two_models(torch.float32)
+    with torch.no_grad():
+        for weight in (head.weight, reference.head.weight):
+            weight.mul_(1e3)  # chances far below the smallest fp32 number
+    assert torch.isfinite(compared_at(policy, reference, targets, chunk=4)).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_divergences_need_no_more_logits_than_a_chunk(chunk: int) -> None:
+    policy, reference, targets, head = two_models(torch.float32)
+    seen: list[int] = []
+    head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[0]))
+    with Largest() as largest:
+        found = compared_at(policy, reference, targets, chunk=chunk)
+        calls = len(seen)
+        found.sum().backward()
+    assert largest.rows == chunk and max(seen) == chunk
+    assert sum(seen[:calls]) == sum(seen[calls:]) == len(targets)  # anew in the backward: none was kept

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from mmalign import losses
 from mmalign.errors import UserError
+from vlm.batch import Row
 from vlm.comparison import Comparison, ComparisonOptions
-from vlm.methods import mdpo, povid, realign_rdpo
-from vlm.parts import PairBatch, Parts
+from vlm.conversations import Conversation
+from vlm.methods import mdpo, povid, realign_rdpo, rrpo, tdpo
+from vlm.parts import Pair, PairBatch, Parts
 
 # lp of chosen and rejected under policy and reference, tokens of each; beta 0.1 (so z = 1.5)
 POLICY, REFERENCE, COUNTS = (-20.0, -24.0), (-21.0, -23.5), (10, 8)
@@ -156,3 +158,116 @@ def test_exo_is_the_reverse_divergence() -> None:
     assert best.grad is not None and abs(float(best.grad)) < 1e-12
     with pytest.raises(UserError, match="flip_rate"):
         losses.exo(h, flip_rate=0.0)
+
+
+class Tokens:
+    """Scores of given numbers per token."""
+
+    def __init__(self, *compared: Tensor) -> None:
+        self._compared = compared
+
+    def compared(self) -> tuple[Tensor, ...]:
+        return self._compared
+
+
+def answer(*ids: int) -> Row:
+    """A row of a beginning and these answer tokens."""
+    whole = torch.tensor([1, 2, 3, *ids])
+    return Row(ids=whole, completion=torch.arange(len(whole)) >= 3, images=(), place="row")
+
+
+def of_tokens(module: Any, monkeypatch: pytest.MonkeyPatch, batch: PairBatch, *compared: Tensor, **options: Any) -> Any:
+    """(loss, metrics) of the method from each token's log-probs and divergence, [views, pairs, answer]."""
+    monkeypatch.setattr(module, "Scores", lambda *given: Tokens(*compared))
+    parts = Parts.__new__(Parts)
+    object.__setattr__(parts, "exact_reference", True)
+    ((loss, metrics),) = module.build(module.Options.model_validate(options), parts).losses(batch)
+    return loss, metrics
+
+
+def words(chosen: Row, rejected: Row) -> PairBatch:
+    return PairBatch(views={"chosen": (chosen,), "rejected": (rejected,)}, device=torch.device("cpu"))
+
+
+def spread(*sums: float) -> Tensor:
+    """Answers of two tokens each with these sums, unevenly."""
+    return torch.tensor([[[0.25 * one, 0.75 * one]] for one in sums], dtype=torch.float64)
+
+
+def test_vectors_with_a_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = words(answer(5, 6), answer(7, 8))
+    compared = spread(*POLICY), spread(*REFERENCE), spread(0.8, 1.1)
+
+    def loss(module: Any, **options: Any) -> float:
+        return float(of_tokens(module, monkeypatch, batch, *compared, **options)[0])
+
+    assert abs(loss(tdpo, form="tdpo1") - 0.634946) < 1e-6
+    assert abs(loss(tdpo, form="tdpo2", alpha=1.0) - 0.634946) < 1e-6
+    assert abs(loss(tdpo) - math.log1p(math.exp(-0.15 + 0.5 * 0.03))) < 1e-9
+    assert abs(loss(rrpo) - 0.628957) < 1e-6
+    # without their extra terms, and with every token in a phrase, they are DPO
+    assert abs(loss(tdpo, alpha=0.0) - 0.620957) < 1e-6
+    assert abs(loss(rrpo, alpha=0.0) - 0.620957) < 1e-6
+    _, metrics = of_tokens(rrpo, monkeypatch, batch, *compared)
+    assert float(metrics["rewards/margins"]) == pytest.approx(0.15)
+    assert float(metrics["kl/chosen"]) == pytest.approx(0.8)
+
+
+def test_only_phrases_that_differ_are_rewarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # two pairs: a word replaced in the middle, and words that only the rejected answer has; answers are padded to 6
+    chosen = (answer(10, 11, 12, 13), answer(10, 11))
+    rejected = (answer(10, 20, 21, 12, 13), answer(10, 30, 31, 32, 33, 11))
+    batch = PairBatch(views={"chosen": chosen, "rejected": rejected}, device=torch.device("cpu"))
+    marked = torch.tensor([[[0, 1, 0, 0, 0, 0], [0] * 6], [[0, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 0]]]).bool()
+    assert torch.equal(rrpo.differing(batch, 1), marked)
+    policy, reference = (torch.randn(2, 2, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    kl = torch.rand(2, 2, 6, generator=generator, dtype=torch.float64)
+    policy.requires_grad_(True)
+    kl.requires_grad_(True)
+    loss, _ = of_tokens(rrpo, monkeypatch, batch, policy, reference, kl, alpha=0.3, beta=0.5)
+    loss.backward()
+    expected = 0.0
+    ratios = (policy - reference).detach()
+    for pair in range(2):
+        reward = [sum(float(ratios[side, pair, t]) for t in range(6) if marked[side, pair, t]) for side in range(2)]
+        drift = sum(float(kl[0, pair, t].detach()) for t in range(6))
+        expected += math.log1p(math.exp(-0.5 * (reward[0] - reward[1]))) + 0.3 * drift
+    assert float(loss.detach()) == pytest.approx(expected / 2, rel=1e-12)
+    assert policy.grad is not None and kl.grad is not None
+    assert torch.equal(policy.grad != 0, marked)  # what both say is left alone
+    assert (kl.grad[0] == 0.15).all() and not kl.grad[1].any()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "agreement", "marks"),
+    [
+        ("abcd", "abcd", 1, ("....", "....")),
+        ("abcd", "wxyz", 1, ("####", "####")),
+        ("abXcd", "abcd", 1, ("..#..", "....")),
+        ("abXaYcd", "abVaWcd", 1, ("..#.#..", "..#.#..")),
+        ("abXaYcd", "abVaWcd", 2, ("..###..", "..###..")),
+        ("yes.", "no.", 2, ("####", "###")),
+    ],
+)
+def test_phrases_of_two_answers(chosen: str, rejected: str, agreement: int, marks: tuple[str, str]) -> None:
+    found = rrpo.phrases([ord(c) for c in chosen], [ord(c) for c in rejected], agreement)
+    assert tuple("".join(".#"[mark] for mark in side) for side in found) == marks
+
+
+def test_frequent_tokens_of_long_answers_align_too() -> None:
+    common = [1, 2, 1, 3] * 80  # difflib by itself takes what is frequent in 200 tokens and more for noise
+    one, other = rrpo.phrases([*common, 7, *common], [*common, 8, *common], 1)
+    assert one == other and one.count(True) == 1 and one[len(common)]
+
+
+def test_what_divergences_cannot_do_is_one_line() -> None:
+    said = Conversation(messages=(), images=(), answer="the same", place="row 7")
+    parts = Parts.__new__(Parts)
+    for module in (tdpo, rrpo):
+        object.__setattr__(parts, "exact_reference", False)
+        with pytest.raises(UserError, match=r"over the vocabulary, which its cache does not keep \(reference.cache\)"):
+            module.build(module.Options(), parts)
+    object.__setattr__(parts, "exact_reference", True)
+    with pytest.raises(UserError, match=r"both answers have the same words.* \(row 7\)"):
+        rrpo.build(rrpo.Options(), parts).views(Pair(chosen=said, rejected=said, seed=0))

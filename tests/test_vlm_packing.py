@@ -145,3 +145,29 @@ def test_what_else_might_have_been_said(tmp_path: Path) -> None:
             rest = torch.cat([here[:label], here[label + 1 :]]).max()
             torch.testing.assert_close(others[1, number, step], rest)
     assert torch.equal(given, kinds)
+
+
+def test_two_models_side_by_side(tmp_path: Path) -> None:
+    settings = [
+        VlmModelSettings(path=str(write("llava", tmp_path / str(seed), seed=seed)), logits_chunk=3) for seed in (0, 1)
+    ]
+    policy, reference = (open_model(one) for one in settings)
+    rows = [policy.encode(row) for row in ROWS[:4]]
+    with torch.no_grad():
+        whole = []
+        for model in (policy, reference):
+            logits = model.network.get_output_embeddings()(model.hidden_states(model.collate(rows)))
+            whole.append(logits.double().log_softmax(-1))
+        for unshared in (None, "a test"):
+            policy.unshared = reference.unshared = unshared
+            answers = policy.answers(rows)
+            theirs = Policy(reference)(answers, distributions=True)
+            mine, other, divergence = Policy(policy)(answers, also=theirs)
+            for number, row in enumerate(rows):
+                start = len(row) - int(row.completion.sum())
+                for step, token in enumerate(row.ids[start:].tolist()):
+                    p, q = (logps[number, start + step - 1] for logps in whole)
+                    found = torch.stack([each[number, step] for each in (mine, other, divergence)]).double()
+                    expected = torch.stack([p[token], q[token], (q.exp() * (q - p)).sum()])
+                    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            assert divergence.max() > 0.1 and not divergence[~answers.completion].any()

@@ -26,7 +26,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "realign_rdpo": {"name": "realign_rdpo"},
     "realign_authors": {"name": "realign_rdpo", "compat": "authors"},
     "mdpo": {"name": "mdpo"},
+    "tdpo1": {"name": "tdpo", "form": "tdpo1"},
+    "tdpo2": {"name": "tdpo"},
+    "rrpo": {"name": "rrpo", "alpha": 0.5},
 }
+TETHERED = ("tdpo1", "tdpo2", "rrpo")  # with a divergence over the vocabulary
 EVERY = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 SIGTERM, SIGKILL = 15, 9
 
@@ -57,12 +61,14 @@ def assert_close(one: Path, other: Path) -> None:
 def test_a_run_starts_where_it_must_and_learns(talk: Talk, tmp_path: Path, method: dict[str, Any]) -> None:
     assert talk.train(tmp_path / "run", method=method, loop={"steps": 4}) == 0
     first, *_, last = lines(tmp_path / "run")
-    if method["name"] in ("dpo", "povid", "realign_rdpo", "mdpo"):
+    if method["name"] in ("dpo", "povid", "realign_rdpo", "mdpo", "tdpo", "rrpo"):
         assert first["rewards/margins_abs"] == 0
         terms = {"realign_rdpo": 2, "mdpo": 3}.get(method["name"], 1)
         assert first["loss"] == pytest.approx(terms * math.log(2), abs=1e-6)
         assert first["logps/chosen"] == pytest.approx(first["logps/ref_chosen"])
         assert last["rewards/margins_abs"] > 0
+        if "kl/chosen" in first:
+            assert first["kl/chosen"] == 0 < last["kl/chosen"]
     assert math.isfinite(last["loss"]) and last["grad_norm"] > 0
     assert (newest(tmp_path / "run") / "model" / "adapter_model.safetensors").is_file()
     moved = [tensor for name, tensor in weights(tmp_path / "run").items() if ".lora_B." in name]
@@ -109,6 +115,16 @@ def test_two_processes_equal_one(talk: Talk, tmp_path: Path) -> None:
         assert_close(tmp_path / f"{name}-1", tmp_path / f"{name}-2")
 
 
+def test_a_tether_holds(talk: Talk, tmp_path: Path) -> None:
+    for method, where, strengths in (("rrpo", "kl/chosen", (0.0, 5.0)), ("tdpo2", "kl/rejected", (0.0, 20.0))):
+        drifts = []
+        for alpha in strengths:
+            run = tmp_path / f"{method}-{alpha:g}"
+            talk.train(run, method=METHODS[method] | {"alpha": alpha}, loop={"steps": 6})
+            drifts.append(lines(run)[-1][where])
+        assert 0 < 1.5 * drifts[1] < drifts[0]
+
+
 def test_a_cached_reference_changes_nothing_and_is_kept(talk: Talk, tmp_path: Path) -> None:
     for name in ("dpo", "realign_rdpo"):
         changes: dict[str, Any] = {"method": METHODS[name], "loop": {"steps": 6}}
@@ -119,16 +135,18 @@ def test_a_cached_reference_changes_nothing_and_is_kept(talk: Talk, tmp_path: Pa
         assert_close(tmp_path / f"{name}-plain", tmp_path / f"{name}-first")
         assert contents(tmp_path / f"{name}-first") == contents(tmp_path / f"{name}-again")
         assert list((tmp_path / name).rglob("scores-*.safetensors"))
-    for name in ("povid_paper", "realign_authors"):
+    for name in ("povid_paper", "realign_authors", *TETHERED):
         with pytest.raises(UserError, match=r"reference\.cache"):
             talk.train(tmp_path / "no", method=METHODS[name], reference={"cache": str(tmp_path / "no-cache")})
 
 
 def test_a_frozen_copy_is_the_reference_of_full_training(talk: Talk, tmp_path: Path) -> None:
-    talk.train(tmp_path / "full", adapter=None, optim={"lr": 1.0e-3})
-    first, *_, last = lines(tmp_path / "full")
-    assert first["rewards/margins_abs"] == 0 < last["rewards/margins_abs"]
-    assert (newest(tmp_path / "full") / "model" / "model.safetensors").is_file()
+    for name in ("dpo", "rrpo"):
+        talk.train(tmp_path / name, method=METHODS[name], adapter=None, optim={"lr": 1.0e-3})
+        first, *_, last = lines(tmp_path / name)
+        assert first["rewards/margins_abs"] == 0 < last["rewards/margins_abs"]
+        assert first.get("kl/chosen", 0) == 0
+        assert (newest(tmp_path / name) / "model" / "model.safetensors").is_file()
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks by the old name
@@ -189,7 +207,7 @@ def test_controls_change_what_they_say(talk: Talk, tmp_path: Path) -> None:
     assert plain["logps/chosen"] != shuffled["logps/chosen"]
 
 
-def test_weights_that_do_not_fit_are_refused_in_one_line(talk: Talk, tmp_path: Path) -> None:
+def test_strengthsthat_do_not_fit_are_refused_in_one_line(talk: Talk, tmp_path: Path) -> None:
     from tiny_vlms import write
 
     from vlm.models import open_model

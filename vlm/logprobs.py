@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -41,6 +42,19 @@ class TokenLogps:
     def means(self) -> Float[Tensor, " rows"]:
         """Per-token average: what ORPO, SimPO and IPO compare."""
         return self.sums() / self.counts()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Distributions:
+    """A model's next-token distributions at n positions, as what makes them: over the vocabulary they would be large.
+
+    Args:
+        states: last hidden states.
+        head: makes logits of them.
+    """
+
+    states: Float[Tensor, "n width"]
+    head: Head
 
 
 def token_logps(
@@ -88,6 +102,27 @@ def logps_at(
     return torch.cat(parts, dim=1)
 
 
+def compared_at(
+    policy: Distributions, reference: Distributions, targets: Int64[Tensor, " n"], *, chunk: int
+) -> Float[Tensor, "3 n"]:
+    """log p(targets[i]), log q(targets[i]) and KL(q || p) at every position, p the policy's distribution there, q the
+    reference's.
+
+        KL(q || p) = sum over the vocabulary of q (log q - log p), in nats
+
+    Gradients flow into the policy alone. KL is exactly 0 where both have the same logits.
+    """
+    parts = []
+    for start in range(0, len(targets), chunk):
+        here = slice(start, start + chunk)
+        given = policy.states[here], reference.states[here], targets[here], policy.head, reference.head
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(_chunk_compared, *given, use_reentrant=False))
+        else:
+            parts.append(_chunk_compared(*given))
+    return torch.cat(parts, dim=1)
+
+
 @torch.no_grad()
 def strongest(
     states: Float[Tensor, "n width"], head: Head, *, chunk: int, but: Int64[Tensor, " n"] | None = None
@@ -105,6 +140,26 @@ def strongest(
 def _chunk_logps(
     states: Float[Tensor, "n width"], targets: Int64[Tensor, "kinds n"], head: Head
 ) -> Float[Tensor, "kinds n"]:
-    logits = head(states)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = _wide(head(states))
     return logits.gather(1, targets.T).T - logits.logsumexp(dim=1)
+
+
+def _chunk_compared(
+    states: Float[Tensor, "n width"],
+    reference_states: Float[Tensor, "n width"],
+    targets: Int64[Tensor, " n"],
+    head: Head,
+    reference_head: Head,
+) -> Float[Tensor, "3 n"]:
+    logps = _wide(head(states)).log_softmax(dim=1)
+    with torch.no_grad():
+        reference = _wide(reference_head(reference_states)).log_softmax(dim=1)
+    # of two log-probabilities: one that rounds to 0 counts 0, where its logarithm would make NaN of it
+    divergence = F.kl_div(logps, reference, reduction="none", log_target=True).sum(dim=1)
+    said = targets[:, None]
+    return torch.stack([logps.gather(1, said)[:, 0], reference.gather(1, said)[:, 0], divergence])
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """In fp32, or more where they came in more."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -25,7 +25,7 @@ from vlm.attention import cannot_share, share
 from vlm.batch import ImageInput, PaddingSide, Row, VlmBatch, collate
 from vlm.conversations import Conversation, choose_template, render
 from vlm.families import process
-from vlm.logprobs import TokenLogps, logps_at, strongest, token_logps
+from vlm.logprobs import Distributions, TokenLogps, compared_at, logps_at, strongest, token_logps
 from vlm.opening import DTYPES, open_network
 from vlm.packing import Answers, apart, shared
 from vlm.settings import VlmModelSettings
@@ -340,16 +340,19 @@ class Policy(nn.Module):
         self,
         answers: Answers,
         features: ImageFeatures | None = None,
-        also: Int64[Tensor, "rows answer"] | Literal["strongest", "strongest other"] | None = None,
+        also: Int64[Tensor, "rows answer"] | Literal["strongest", "strongest other"] | Distributions | None = None,
         choose: bool = False,
-    ) -> Tensor:
+        distributions: bool = False,
+    ) -> Tensor | Distributions:
         """Log-probabilities of answer tokens, [kinds, rows, answer], fp32, 0 on padding.
 
         Args:
             features: of `answers.images`, where they are known already.
             also: other tokens to score at the same places, as a second kind: given ones, the likeliest, or the
-                likeliest but the answer's own. No gradient flows through which token is the likeliest.
+                likeliest but the answer's own. No gradient flows through which token is the likeliest. Or another
+                model's distributions at these places, which bring two more kinds; see `compared_at`.
             choose: return the likeliest tokens themselves, [rows, answer], instead.
+            distributions: return what makes the distributions at all places of answer tokens, row by row, instead.
         """
         model, network = self._model, self.network
         head, chunk, there = network.get_output_embeddings(), model.settings.logits_chunk, answers.completion
@@ -358,12 +361,18 @@ class Policy(nn.Module):
         if choose:
             best = strongest(states, head, chunk=chunk)
             return torch.zeros_like(answers.targets).masked_scatter(there, best)
-        kinds = [answers.targets[there]]
-        if isinstance(also, Tensor):
-            kinds.append(also[there])
-        elif also is not None:
-            but = kinds[0] if also == "strongest other" else None
-            kinds.append(strongest(states.detach(), head, chunk=chunk, but=but))
-        flat = logps_at(states, torch.stack(kinds), head, chunk=chunk)
-        filled: Tensor = flat.new_zeros(len(kinds), *there.shape).masked_scatter(there, flat)
+        if distributions:
+            return Distributions(states=states, head=head)
+        said = answers.targets[there]
+        if isinstance(also, Distributions):
+            flat = compared_at(Distributions(states=states, head=head), also, said, chunk=chunk)
+        else:
+            kinds = [said]
+            if isinstance(also, Tensor):
+                kinds.append(also[there])
+            elif also is not None:
+                but = said if also == "strongest other" else None
+                kinds.append(strongest(states.detach(), head, chunk=chunk, but=but))
+            flat = logps_at(states, torch.stack(kinds), head, chunk=chunk)
+        filled: Tensor = flat.new_zeros(len(flat), *there.shape).masked_scatter(there, flat)
         return filled

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from mmalign.errors import UserError
 from vlm.models import ImageFeatures
 from vlm.parts import PairBatch, Parts
 
@@ -55,6 +56,17 @@ class Scores:
         """The reference's lp and those of other tokens, computed now."""
         return self._parts.reference.run(lambda module: self._sums(module, also))
 
+    def compared(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every answer token, [views, pairs, answer] each: the policy's log-prob, the reference's, and
+        KL(reference || policy) over the vocabulary where it is predicted.
+
+        The reference's distributions are made now, before any graph: no cache keeps them.
+        """
+        reference = self._parts.reference.run(lambda module: module(self.answers, self.features, distributions=True))
+        tokens = self._parts.module(self.answers, self.features, reference)
+        policy, theirs, divergence = tokens.view(3, *self._shape, -1)
+        return policy, theirs.detach(), divergence
+
     def choices(self) -> Int64[Tensor, "rows answer"]:
         """The policy's likeliest token at every position of every view."""
         with torch.no_grad():
@@ -63,11 +75,26 @@ class Scores:
 
     def reference_choices(self) -> Int64[Tensor, "rows answer"]:
         """The reference's."""
-        return self._parts.reference.run(lambda module: module(self.answers, self.features, choose=True))
+        found: Tensor = self._parts.reference.run(lambda module: module(self.answers, self.features, choose=True))
+        return found
 
     def _sums(self, module: nn.Module, also: Tensor | Literal["strongest", "strongest other"] | None) -> Tensor:
         tokens: Tensor = module(self.answers, self.features, also)
         return tokens.sum(2).view(-1, *self._shape)
+
+
+def no_cache(parts: Parts) -> None:
+    """Asked for by methods that need `Scores.compared`.
+
+    Raises:
+        UserError: the reference is to be read from a cache.
+    """
+    if not parts.exact_reference:
+        raise UserError(
+            "the method needs the reference's distributions over the vocabulary, which its cache does not keep",
+            place="reference.cache",
+            fix="Set reference.cache=null",
+        )
 
 
 def averaged(sums: Float[Tensor, "views pairs"], counts: Int64[Tensor, "views pairs"]) -> Float[Tensor, "views pairs"]:

@@ -41,6 +41,8 @@ LABELS = {
     "mdpo": "mDPO",
     "orpo": "ORPO",
     "simpo": "SimPO",
+    "tdpo": "TDPO",
+    "rrpo": "RRPO",
     "words": "DPO on the words alone",
     "shuffled": "control: shuffled labels",
     "blank": "control: blank pictures",
