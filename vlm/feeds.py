@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 
 from mmalign import config as configuration
+from mmalign.ahead import ahead
 from mmalign.errors import UserError
 from mmalign.loop import Loop
 from mmalign.order import Order, Pick, share
@@ -23,9 +21,6 @@ from vlm.corruption import blank
 from vlm.models import TooLongError, VisionLanguageModel
 from vlm.parts import Pair, PairBatch, Viewer
 from vlm.recipe import TrainConfig
-
-T = TypeVar("T")
-AHEAD = 2  # batches made while the model works on another
 
 
 class PairFeed:
@@ -151,13 +146,3 @@ def _identity(pair: Preference) -> list[object]:
     first, second, confidence = pair.ordered()
     media = [[one.sha256() for one in side.media] for side in (first, second)]
     return [pair.item_id, first.prompt, first.response, second.prompt, second.response, media, confidence, pair.gap]
-
-
-def ahead(make: Callable[[T], PairBatch], wanted: Iterator[T]) -> Iterator[PairBatch]:
-    """`make` of all that is wanted, in order and a little early: pictures are read while the model works."""
-    with ThreadPoolExecutor(1, thread_name_prefix="rows") as pool:
-        coming: deque[Future[PairBatch]] = deque()
-        for one in wanted:
-            coming.append(pool.submit(make, one))
-            if len(coming) > AHEAD:
-                yield coming.popleft().result()
