@@ -18,7 +18,7 @@ from mmalign.cli import Parser, resolve
 from mmalign.config import find, shipped
 from mmalign.errors import UserError, nearest
 
-TRAINERS = {"diffusion": "diffusion.train:main", "vlm": "vlm.train:main"}
+TRAINERS = {"diffusion": "diffusion.train:main", "vlm": "vlm.train:main", "evaluators": "evaluators.train:main"}
 
 
 def preset(name: str) -> Path:
@@ -50,7 +50,7 @@ def _mapping(path: Path, what: str) -> tuple[dict[str, object], dict[str, str]]:
 
 
 def package_of(recipe: Path) -> str:
-    """Which trainer a recipe is for: its `package` key, else its folder's name (`diffusion/`, `vlm/`)."""
+    """Which trainer a recipe is for: its `package` key, else the name of its folder."""
     content, places = _mapping(recipe, "recipe")
     package = content.get("package", recipe.resolve().parent.name)
     if isinstance(package, str) and package in TRAINERS:

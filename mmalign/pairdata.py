@@ -5,10 +5,11 @@ Imports nothing heavy before pairs are read.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmalign.config import Settings
 from mmalign.errors import UserError
@@ -50,6 +51,15 @@ class PairDataSettings(Settings):
     split: str = Field(default="train", description="of the store")
     pairing: PairingSettings = PairingSettings()
     shuffle_labels: bool = Field(default=False, description="the control: labels by coin flip teach nothing")
+    draw_labels: bool = Field(
+        default=False, description="labels drawn with the probability of pairing.spread, like a rater's who errs"
+    )
+
+    @model_validator(mode="after")
+    def _drawn_from_something(self) -> PairDataSettings:
+        if self.draw_labels and self.pairing.spread is None:
+            raise ValueError("draw_labels needs pairing.spread, which says how probable a label is")
+        return self
 
 
 def read_pairs(settings: PairDataSettings, seed: int) -> tuple[list[Preference], str]:
@@ -70,7 +80,26 @@ def read_pairs(settings: PairDataSettings, seed: int) -> tuple[list[Preference],
     store = Store.open(settings.path)
     summary = PairingSummary()
     pairs = list(make_pairs(store.records(split=settings.split), settings.pairing.build(), summary))
+    if settings.draw_labels:
+        pairs = [_drawn(pair, seed) for pair in pairs]
     if settings.shuffle_labels:
         coin = [key_seed("shuffled label", seed, pair.item_id) & 1 for pair in pairs]
         pairs = [pair.flip() if heads else pair for pair, heads in zip(pairs, coin, strict=True)]
     return pairs, str(summary)
+
+
+DRAWN = "label_probability"  # in a pair's provenance: of the better side, before its label was drawn
+
+
+def _drawn(pair: Preference, seed: int) -> Preference:
+    from mmalign.randomness import key_seed
+
+    probability = pair.ordered()[2]
+    draw = key_seed("drawn label", seed, pair.item_id) % 2**32 / 2**32
+    sure = replace(pair, confidence=None, gap=None, provenance={**pair.provenance, DRAWN: probability})
+    return sure if draw < probability else sure.flip()
+
+
+def label_probability(pair: Preference) -> float:
+    """The probability that the best judge there could be agrees with a pair's label, or with its opposite."""
+    return float(pair.provenance.get(DRAWN, pair.ordered()[2]))

@@ -1,0 +1,1 @@
+"""What a scorer is trained by: a file for each objective."""

@@ -1,0 +1,132 @@
+"""Trains a scorer of pictures on preferences: a CLIP that says which of two pictures of a prompt is preferred.
+
+mmalign train evaluators/pickscore_shapes data.path=store optim.lr=1e-4
+accelerate launch -m evaluators.train configs/evaluators/pickscore_shapes.yaml data.path=store
+mmalign score pictures/ --scorer trained,path=runs/scorer
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from evaluators.recipe import TrainConfig
+from evaluators.training.data import PictureFeed, divided
+from evaluators.training.heldout import HeldOut, Judgement, judged, margins, report
+from evaluators.training.model import PreferenceModel
+from evaluators.training.parts import Parts
+from mmalign import config as configuration
+from mmalign import method as methods
+from mmalign.announce import announce, forward_seconds
+from mmalign.cli import Parser, run_entry
+from mmalign.errors import UserError
+from mmalign.loop import Hooks, Loop, check_machine, processes, trainable
+from mmalign.tracking import METRICS
+
+PASSES = 3.0  # of a turn in forwards: the model and its backward
+
+
+def train(config: TrainConfig) -> int:
+    """Run a recipe from its data to the last checkpoint, and judge what came out. Returns the exit code."""
+    module = methods.load("evaluators", config.method.name)
+    options = configuration.parse_section(module.Options, config.method, "method")
+    check_machine(config.loop)
+    if config.loop.attention == "xformers":
+        raise UserError("xformers is for UNets", place="loop.attention", fix="Leave it out.")
+    pairs, held_pairs, note = divided(config)
+    model = PreferenceModel(config.model)
+    if config.loop.init_from:
+        model.load(Path(config.loop.init_from))
+    if config.loop.gradient_checkpointing:
+        model.clip.gradient_checkpointing_enable()
+    model.to(processes().device)
+    main = processes().is_main_process
+    held = HeldOut.of(held_pairs) if held_pairs else None
+    feed = PictureFeed(config, pairs, held.items if held else (), model.preprocess, model.tokens, main=main)
+    loop = Loop(model, config.loop, config.optim)
+    method = module.build(options, Parts(module=loop.module, mean_weight=feed.mean_weight))
+
+    def judge() -> Judgement | None:
+        if held is None or not main:
+            return None
+        with loop.undisturbed():
+            return judged(margins(model, feed, held, loop.accelerator.device), held)
+
+    def forward() -> None:
+        batch = feed.example(loop.accelerator.device)
+        loop.module(batch.tokens, batch.pixels, batch.owner)[0].sum().item()
+
+    def started() -> None:
+        announce(
+            config,
+            loop,
+            config.optim,
+            method=config.method.name,
+            model=config.model.path,
+            trained="all of it" if trainable(loop.parameters) == trainable(list(model.parameters())) else "a part",
+            size=feed.size,
+            notes={"data": note, **method.describe()},
+            seconds=PASSES * forward_seconds(loop, forward) * config.loop.steps * config.loop.accumulation,
+        )
+
+    hooks = Hooks(
+        save_model=model.save,
+        load_model=model.load,
+        started=started,
+        look=watch(config, loop, judge),
+        summary={"base": model.base, "head": config.model.head or "none", "seed": config.loop.seed, "data": feed.key},
+        config=config.model_dump(mode="json"),
+    )
+    before = judge()
+    code = loop.run(method, config.method.name, feed.source(loop), hooks)
+    after = judge() if code == 0 else None
+    if before is not None and after is not None:
+        print("\n".join(report(before, after, config.loop.output_dir)), flush=True)
+    loop.accelerator.wait_for_everyone()
+    return code
+
+
+def watch(config: TrainConfig, loop: Loop, judge: Callable[[], Judgement | None]) -> Callable[[int], str | None] | None:
+    """What looks at held-out pairs during training and says when it is time to end."""
+    held = config.held_out
+    if held is None or not held.every:
+        return None
+
+    def look(step: int) -> str | None:
+        if step == 0 or step % held.every:
+            return None
+        found = judge()
+        if found is None:
+            return None
+        loop.tracker.log(step, found.metrics())
+        losses = _log_losses(config.loop.output_dir / METRICS)
+        best = min(losses, key=lambda at: losses[at])
+        since = sum(at > best for at in losses)
+        if held.patience is None or since < held.patience:
+            return None
+        return (
+            f"the held-out log loss was lowest after update {best}, {losses[best]:.4f}, and is {losses[step]:.4f} now"
+        )
+
+    return look
+
+
+def _log_losses(file: Path) -> dict[int, float]:
+    """Of every look so far, a resumed run's earlier ones included."""
+    lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    return {line["step"]: line["held_out/log_loss"] for line in lines if "held_out/log_loss" in line}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m evaluators.train RECIPE [key=value ...]`."""
+    parser = Parser(prog="mmalign train", description=__doc__)
+    parser.add_argument("recipe", help="a YAML file, or the short name of a shipped recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
+    arguments = parser.parse_args(argv)
+    return train(configuration.load(TrainConfig, arguments.recipe, arguments.overrides))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_entry(main, sys.argv[1:]))
