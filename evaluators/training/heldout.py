@@ -120,6 +120,6 @@ def judged(found: accuracy.Values, held: HeldOut) -> Judgement:
 def _thresholds(found: accuracy.Values, held: HeldOut) -> accuracy.Values:
     """For each pair the threshold that fits the other half of the prompts."""
     half = np.array([hashlib.sha256(prompt.encode()).digest()[0] % 2 for prompt in held.prompts])
-    fits: accuracy.Values = np.array([accuracy.tie_threshold(found[half != side], held.confidence[half != side]) for side in (0, 1)])
-    chosen: accuracy.Values = fits[half]
+    fits = [accuracy.tie_threshold(found[half != side], held.confidence[half != side]) for side in (0, 1)]
+    chosen: accuracy.Values = np.array(fits)[half]
     return chosen

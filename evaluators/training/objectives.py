@@ -97,5 +97,5 @@ def gather(rows: Shaped[Tensor, "rows width"]) -> Shaped[Tensor, "all width"]:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return rows
-    gathered: Tensor = _Gather.apply(rows)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    gathered: Tensor = _Gather.apply(rows)
     return gathered
