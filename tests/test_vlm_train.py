@@ -96,6 +96,13 @@ def test_resuming_is_exact_wherever_a_run_was_cut(talk: Talk, tmp_path: Path) ->
         assert lines(tmp_path / name) == lines(tmp_path / "whole")
 
 
+def test_a_tethered_run_resumes_exactly(talk: Talk, tmp_path: Path) -> None:
+    for out, steps in (("whole", 4), ("part", 2), ("part", 4)):
+        talk.train(tmp_path / out, method=METHODS["rrpo"], loop={"steps": steps, "accumulation": 2})
+    assert contents(tmp_path / "part") == contents(tmp_path / "whole")
+    assert lines(tmp_path / "part") == lines(tmp_path / "whole")
+
+
 @EVERY
 def test_accumulation_equals_a_larger_batch(talk: Talk, tmp_path: Path, method: dict[str, Any]) -> None:
     talk.train(tmp_path / "large", method=method, loop={"batch_size": 4})
