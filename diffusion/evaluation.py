@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shlex
 import shutil
 import time
@@ -158,6 +157,7 @@ def draw(
     """
     import torch
 
+    from mmalign.pictures import save
     from mmalign.progress import Progress
 
     mine = work[place.rank :: place.world]
@@ -178,19 +178,8 @@ def draw(
                 batch_size=batch_size,
             )
             for unit, picture in zip(piece, pictures, strict=True):
-                _save(picture, folder / unit.file)
+                save(picture, folder / unit.file)
             shown.update(len(piece))
-
-
-def _save(picture: Any, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        picture.save(partial, format="PNG")
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write a picture: {error.strerror}", place=str(path), fix="Free some space.") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def judge(

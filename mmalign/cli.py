@@ -35,7 +35,7 @@ VERBS = {
     "train": Verb("mmalign.launch:main", "train a recipe: RECIPE [--accelerate PRESET] [key=value ...]"),
     "sample": Verb("diffusion.sample:main", "draw images from a model, with or without a trained adapter"),
     "generate": Verb("vlm.generate:main", "ask a vision-language model, with or without a trained adapter"),
-    "arena": Verb("evaluators.arena.command:main", "vote blindly between models in a browser; votes are training data"),
+    "arena": Verb("mmalign.arena:main", "vote blindly between models in a browser; votes are training data"),
     "accuracy": Verb("diffusion.accuracy:main", "how a tuned model ranks held-out pairs, with an interval"),
     "score": Verb("evaluators.score:main", "score pictures of any source, in shards that resume"),
     "label": Verb("evaluators.label:main", "scores into a preference store"),

@@ -1,12 +1,32 @@
-"""Sheets of pictures with captions."""
+"""Sheets of pictures with captions; files of pictures that are whole or not there."""
 
 from __future__ import annotations
 
 import math
+import os
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from mmalign.errors import UserError
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """Write a PNG that appears only when it is complete.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        picture.save(partial, format="PNG")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write a picture: {error.strerror}", place=str(path), fix="Free some space.") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def grid(

@@ -301,3 +301,31 @@ def test_answers_are_text_and_their_differences_are_marked(tmp_path: Path) -> No
         ada.vote("left", mouse=False)
         assert list(kept(server.votes, "Ada").values()) == ["left"]
         assert not browser.run("window.hacked || 0") and browser.console == []
+
+
+@needs_browser
+def test_who_waits_for_a_pair_sees_that_it_is_drawn_and_why_there_are_no_more(tmp_path: Path) -> None:
+    program = str(Path(__file__).with_name("tiny_live.py"))
+    folder = tmp_path / "live"
+    with serving(folder, program=(program,)) as server, Browser() as browser:
+        ada = Voter(browser, server, "Ada")
+        ada.enter()
+        token = ada.token()
+        assert browser.run("document.querySelector('.count').textContent") == "0 of 3"
+        browser.press("1")
+        browser.wait(f"{ROOM}.dataset.mode === 'drawing' && !document.querySelector('.drawing').hidden")
+        assert browser.run("document.querySelector('.over').hidden && document.querySelector('.stage').hidden")
+        browser.press("1")  # there is nothing to vote on
+        browser.screenshot(tmp_path / "drawing.png")
+        (folder / "go").touch()
+        second = ada.token(other_than=token)  # by itself
+        assert browser.run("document.querySelector('.drawing').hidden")
+        assert browser.run("document.querySelector('.prompt').textContent") == "second"
+        browser.press("t")
+        browser.wait(f"{ROOM}.dataset.mode === 'over'")
+        browser.wait("!document.querySelector('.alert').hidden")
+        assert "drawn (RuntimeError)" in browser.run("document.querySelector('.alert').textContent")
+        assert "memory" not in browser.run("document.body.textContent")  # that would name the model
+        with contextlib.closing(sqlite3.connect(folder / "votes.sqlite")) as connection:
+            assert connection.execute("SELECT answer FROM votes ORDER BY vote").fetchall() == [("left",), ("tie",)]
+        assert second != token and browser.console == []

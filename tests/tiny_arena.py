@@ -70,12 +70,14 @@ def sources(root: Path, folders: Sequence[Path] = (), answers: Sequence[Path] = 
 class Server:
     """`mmalign arena` as a process, on a port of its own choosing."""
 
-    def __init__(self, *words: str | Path, password: str | None = None) -> None:
+    def __init__(
+        self, *words: str | Path, password: str | None = None, program: Sequence[str] = ("-m", "mmalign", "arena")
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.words, self.password = [str(word) for word in words], password
-        self.votes = Path(words[1]).parent / "votes.sqlite"
+        self.words, self.password = [*program, *map(str, words)], password
+        self.votes = Path(words[-1]).parent / "votes.sqlite"
         self.start()
 
     @property
@@ -87,13 +89,15 @@ class Server:
         environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
         if self.password is not None:
             environment["MMALIGN_ARENA_PASSWORD"] = self.password
-        command = [sys.executable, "-m", "mmalign", "arena", *self.words, "--port", str(self.port)]
+        command = [sys.executable, *self.words, "--port", str(self.port)]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
         )
         assert self.process.stdout is not None
-        first = self.process.stdout.readline()
-        assert first.startswith("Vote at http://"), first + self.process.stdout.read()
+        first = said = self.process.stdout.readline()
+        while said and not said.startswith("Vote at http://"):  # pairs are drawn first, where they are drawn live
+            said = self.process.stdout.readline()
+        assert said, f"{first} ended"
 
     def kill(self) -> None:
         """End it as a crash does."""
@@ -129,9 +133,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(*words: str | Path, password: str | None = None) -> Iterator[Server]:
+def serving(*words: str | Path, **settings: Any) -> Iterator[Server]:
     """A server that is gone when this is left."""
-    server = Server(*words, password=password)
+    server = Server(*words, **settings)
     try:
         yield server
     finally:

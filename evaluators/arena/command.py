@@ -2,6 +2,7 @@
 
     mmalign arena --images pictures/base pictures/dpo              folders of `mmalign sample`, the base first
     mmalign arena --answers answers/base.jsonl answers/dpo.jsonl   lines {image, prompt, answer, model}
+    mmalign arena live runs/dpo --prompts prompts.txt --out votes  pairs drawn while people vote
     mmalign data import pictures/votes.sqlite --out store          the votes as preferences
 
 The page is at this machine alone unless --host says otherwise, which demands a password: each rater gives a name of
@@ -15,9 +16,14 @@ import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mmalign.cli import Parser, resolve
 from mmalign.errors import UserError
+
+if TYPE_CHECKING:
+    from evaluators.arena.live import Live
+    from evaluators.arena.trials import Sources
 
 PASSWORD = "MMALIGN_ARENA_PASSWORD"
 LEAST = 8  # characters of a password
@@ -32,41 +38,74 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--answers", type=Path, nargs="+", default=[], metavar="FILE", help="what models answered, JSON lines"
     )
-    parser.add_argument(
-        "--votes", type=Path, help="where votes are kept (default: votes.sqlite in the folder of the sources)"
-    )
     parser.add_argument("--seed", type=int, default=0, help="of the order of pairs and sides (default: %(default)s)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
-    parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
-    parser.add_argument("--password", help=f"demanded of every rater; better in the environment as {PASSWORD}")
+    add_page(parser)
     said = parser.parse_args(argv)
     if bool(said.images) == bool(said.answers):
         raise UserError("nothing to compare, or two kinds of it", fix="Give --images FOLDER ... or --answers FILE ...")
-    password = said.password or os.environ.get(PASSWORD) or None
-    require_safe(said.host, password)
 
-    from evaluators.arena.server import Arena
-    from evaluators.arena.standings import lines_of
     from evaluators.arena.trials import Sources, find_root
 
-    found = find_root([*said.images, *said.answers])
-    votes = said.votes or Path(os.path.relpath(found) if found.is_relative_to(Path.cwd()) else found, "votes.sqlite")
+    with opened(said) as bound:
+        found = find_root([*said.images, *said.answers])
+        near = Path(os.path.relpath(found)) if found.is_relative_to(Path.cwd()) else found
+        votes = said.votes or near / "votes.sqlite"
+        sources = Sources(root=votes.parent.resolve(), folders=tuple(said.images), answers=tuple(said.answers))
+        hold(bound, sources, votes, said)
+    return 0
+
+
+def add_page(parser: Parser) -> None:
+    """Add where the page is and where its votes go."""
+    parser.add_argument(
+        "--votes", type=Path, help="where votes are kept (default: votes.sqlite in the folder of the sources)"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
+    parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
+    parser.add_argument("--password", help=f"demanded of every rater; better in the environment as {PASSWORD}")
+
+
+def opened(said: Any) -> socket.socket:
+    """A socket that listens where the command line says.
+
+    Raises:
+        UserError: the place is taken, or reached by others without a password.
+    """
+    require_safe(said.host, _password(said))
+    return listening(said.host, said.port)
+
+
+def _password(said: Any) -> str | None:
+    return said.password or os.environ.get(PASSWORD) or None
+
+
+def hold(bound: socket.socket, sources: Sources, votes: Path, said: Any, live: Live | None = None) -> None:
+    """Serve the page until it is stopped, then say what the votes say.
+
+    Args:
+        votes: the file of the votes.
+        live: what draws pairs into the sources meanwhile.
+
+    Raises:
+        UserError: the sources or the votes cannot be used.
+    """
+    from evaluators.arena.server import Arena
+    from evaluators.arena.standings import lines_of
+
     if not votes.parent.is_dir():
         raise UserError("there is no such folder", place=str(votes.parent))
-    sources = Sources(root=votes.parent.resolve(), folders=tuple(said.images), answers=tuple(said.answers))
-    with listening(said.host, said.port) as bound, Arena(sources, votes, seed=said.seed) as arena:
+    with Arena(sources, votes, seed=said.seed, live=live) as arena:
         resolve("evaluators.arena.web:serve")  # says which extra brings what is missing
         from evaluators.arena.web import serve
 
         shown = f"[{said.host}]" if ":" in said.host else said.host
         print(
-            f"Vote at http://{shown}:{bound.getsockname()[1]}  ({len(arena.programme.trials)} pairs of "
+            f"Vote at http://{shown}:{bound.getsockname()[1]}  ({arena.total} pairs of "
             f"{', '.join(arena.programme.contestants)}; votes in {votes}; Ctrl-C stops)",
             flush=True,
         )
-        serve(arena, bound, password=password, loopback=is_loopback(said.host))
+        serve(arena, bound, password=_password(said), loopback=is_loopback(said.host))
         print(*lines_of(arena.standings()), sep="\n")
-    return 0
 
 
 def is_loopback(host: str) -> bool:

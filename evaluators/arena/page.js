@@ -31,8 +31,16 @@ async function ask(name, more = {}) {
 
 function lost() {
   say("The server does not answer. Every vote that was counted is saved; this page goes on when the server is back.");
+  again(2000);
+}
+
+function again(milliseconds) {
   clearTimeout(waiting);
-  waiting = setTimeout(async () => { const reply = await ask("next"); if (reply) show(reply); }, 2000);
+  waiting = setTimeout(async () => {
+    if (busy) return again(milliseconds);
+    const reply = await ask("next");
+    if (reply) show(reply);
+  }, milliseconds);
 }
 
 function say(text) {
@@ -44,12 +52,16 @@ function say(text) {
 // ------------------------------------------------------------------------------------------------- one pair
 
 function show(reply) {
+  clearTimeout(waiting);
+  if (reply.trouble) say(reply.trouble);
+  if (reply.drawing) again(1000);
   pair = reply.pair;
   last = reply.last;
   revealed = reply.names ? reply : null;
   find(".door").hidden = true;
   find(".room").hidden = false;
-  find(".over").hidden = Boolean(pair);
+  find(".over").hidden = Boolean(pair) || reply.drawing;
+  find(".drawing").hidden = !reply.drawing;
   for (const selector of [".stage", ".prompt", ".views"]) find(selector).hidden = !pair;
   find(".asked").hidden = !pair || !pair.media;
   find(".answers").hidden = !pair || Boolean(revealed);
@@ -63,7 +75,7 @@ function show(reply) {
   find("[data-act=undo]").title = last && last.revealed ? "its models have been revealed: the vote stands" : "take the last vote back";
   find("[data-act=reveal]").disabled = !last || Boolean(revealed);
   element.dataset.token = pair ? pair.token : "";
-  element.dataset.mode = revealed ? "revealed" : pair ? "voting" : "over";
+  element.dataset.mode = revealed ? "revealed" : pair ? "voting" : reply.drawing ? "drawing" : "over";
   if (!pair) return;
   find(".prompt").textContent = pair.prompt;
   if (pair.media) find(".asked img").src = pair.media;
@@ -279,6 +291,7 @@ async function enter(name) {
   show(reply);
 }
 function door() {
+  clearTimeout(waiting);
   find(".room").hidden = true;
   find(".door").hidden = false;
   find("[name=rater]").focus();

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from evaluators.arena.live import Live
 from evaluators.arena.standings import Standings, standings
 from evaluators.arena.trials import Entry, Sources, Trial, choose, left_of, read_programme
 from evaluators.arena.views import packed
@@ -30,13 +31,14 @@ class Arena:
         sources: where the pairs come from.
         votes: the file of the votes, made if there is none.
         seed: of the order of pairs and of the sides.
+        live: draws pairs into the sources meanwhile.
 
     Raises:
         UserError: the sources cannot be read or nothing in them can be compared; then no file is made.
     """
 
-    def __init__(self, sources: Sources, votes: Path, *, seed: int = 0) -> None:
-        self.sources, self.seed = sources, seed
+    def __init__(self, sources: Sources, votes: Path, *, seed: int = 0, live: Live | None = None) -> None:
+        self.sources, self.seed, self.live = sources, seed, live
         self._lock = threading.RLock()
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="pictures")
         self._damaged: set[str] = set()
@@ -65,10 +67,15 @@ class Arena:
         """
         name = rater_of(rater)
         while True:
+            drawing = (
+                self.live is not None and self.live.drawing
+            )  # before looking: what is drawn meanwhile is found next
             with self._lock:
                 found = self._give(name)
+            if self.live is not None:
+                self.live.looked_at(self.store.looked_at())
             if found is None:
-                return {"pair": None, **self._state(name)}
+                return {"pair": None, **self._state(name), "drawing": drawing}
             shown, trial = found
             try:
                 pair = self._pair(shown, trial)
@@ -132,6 +139,11 @@ class Arena:
         names = {side: {"name": entry.contestant, "model": entry.model or ""} for side, entry in sides.items()}
         return {"pair": self._pair(shown, trial), "answer": cast.answer, "names": names, **self._state(name)}
 
+    @property
+    def total(self) -> int:
+        """Pairs, those that are still to be drawn among them."""
+        return max(len(self._known), self.live.total if self.live else 0)
+
     def standings(self) -> Standings:
         """What all votes say so far."""
         return standings(self.store.judgements(), self.programme.contestants)
@@ -179,8 +191,9 @@ class Arena:
         return {
             "last": None if last is None else _told(last),
             "done": len(mine),
-            "total": len(self._known),
+            "total": self.total,
             "covered": len(self.store.voted_on() & self._known.keys()),
+            "trouble": self.live.trouble if self.live else None,
         }
 
     def _prepare(self, rater: str, current: Trial) -> None:

@@ -182,6 +182,10 @@ class VoteStore:
         """Trials that were shown to a rater, the latest first."""
         return [shown.trial for shown in self._shown("rater = ? ORDER BY at DESC", (rater,))]
 
+    def looked_at(self) -> int:
+        """How many trials were shown to anybody."""
+        return int(self._read("SELECT count(DISTINCT trial) FROM shown")[0][0])
+
     def _shown(self, where: str, values: tuple[Any, ...]) -> list[Shown]:
         rows = self._read(f"SELECT token, trial, rater, left FROM shown WHERE {where}", values)
         return [Shown(token=token, trial=trial, rater=rater, left=left) for token, trial, rater, left in rows]
