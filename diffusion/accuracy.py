@@ -25,10 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--draws and --batch-size must be at least 1")
 
     from diffusion.implicit import held_out_accuracy
+    from evaluators.agreement import Effort
 
-    result = held_out_accuracy(
-        said.run, said.store, said.split, draws=said.draws, batch_size=said.batch_size, seed=said.seed
-    )
+    effort = Effort(batch_size=said.batch_size, draws=said.draws, seed=said.seed)
+    result = held_out_accuracy(said.run, said.store, said.split, effort)
     if said.json:
         print(json.dumps(result))
     else:

@@ -10,6 +10,7 @@ equal bins have one draw each. The interval resamples groups (photographs, promp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from diffusion import cache
 from diffusion.cache import PairData
 from diffusion.models import DiffusionModel
 from diffusion.settings import DataSettings
-from diffusion.tuned import find_tuned, open_base, open_tuned
+from diffusion.tuned import Tuned, find_tuned, open_base, open_tuned
+from evaluators.agreement import Agreement, Effort, agreement, groups_of
 from mmalign.errors import UserError
 from mmalign.losses import accuracy
 from mmalign.pairdata import read_pairs
 from mmalign.progress import progress
+from mmalign.records import Preference
 from mmalign.statistics import bootstrap_interval
 
 
@@ -64,24 +67,40 @@ def implicit_rewards(
     return margins
 
 
-def held_out_accuracy(
-    run: Path, store: Path | None, split: str, *, draws: int, batch_size: int, seed: int
-) -> dict[str, Any]:
+def agreements(run: Path, pairs: Sequence[Preference], effort: Effort) -> list[Agreement]:
+    """Of a run's newest checkpoint with the labels of pairs of pictures.
+
+    Raises:
+        UserError: no run there, or pairs that its model cannot take.
+    """
+    tuned = find_tuned(run)
+    margins = _margins(tuned, pairs, tuned.config.data or DataSettings(path=Path()), effort)
+    return [agreement(f"{run} (implicit reward)", margins.tolist(), pairs)]
+
+
+def _margins(
+    tuned: Tuned, pairs: Sequence[Preference], settings: DataSettings, effort: Effort
+) -> Float[Tensor, " pairs"]:
+    """Mean over the draws."""
+    reference, policy = open_base(tuned), open_tuned(tuned)
+    data = cache.prepare(reference, pairs, settings.model_copy(update={"prompt_dropout": 0.0}))
+    return implicit_rewards(
+        reference, policy, data, draws=effort.draws, batch_size=effort.batch_size, seed=effort.seed
+    ).mean(1)
+
+
+def held_out_accuracy(run: Path, store: Path | None, split: str, effort: Effort) -> dict[str, Any]:
     """Accuracy of a run's newest checkpoint on a split, with the interval that resamples groups."""
     tuned = find_tuned(run)
     own = tuned.config.data
     if own is None and store is None:
         raise UserError("this run was not trained on pairs", place=str(run), fix="Give some with --store.")
-    changed = {"split": split, "prompt_dropout": 0.0, "shuffle_labels": False} | ({"path": store} if store else {})
+    changed = {"split": split, "shuffle_labels": False} | ({"path": store} if store else {})
     settings = (own or DataSettings(path=Path())).model_copy(update=changed)
-    pairs, _ = read_pairs(settings, seed)
-    reference, policy = open_base(tuned), open_tuned(tuned)
-    data = cache.prepare(reference, pairs, settings)
-    margins = implicit_rewards(reference, policy, data, draws=draws, batch_size=batch_size, seed=seed).mean(1)
+    pairs, _ = read_pairs(settings, effort.seed)
+    margins = _margins(tuned, pairs, settings, effort)
     hits = accuracy(margins).tolist()
-    groups = [str(pair.context.get("group", pair.chosen.prompt)) for pair in pairs]
-    if len(set(groups)) < 2:
-        groups = [pair.item_id for pair in pairs]
+    groups = groups_of(pairs)
     low, high = bootstrap_interval(hits, groups)
     return {
         "accuracy": sum(hits) / len(hits),
@@ -89,6 +108,6 @@ def held_out_accuracy(
         "pairs": len(hits),
         "groups": len(set(groups)),
         "margin_mean": margins.mean().item(),
-        "draws": draws,
+        "draws": effort.draws,
         "split": split,
     }

@@ -1,9 +1,10 @@
-"""Does a scorer prefer what people preferred? Its accuracy on pairs.
+"""Does a judge prefer what people preferred? The accuracy of scorers, and of what a run learned, on pairs.
 
-    accuracy = share of pairs with score(chosen) > score(rejected), equal scores half
+    margin   = score(chosen) - score(rejected), or the difference of a tuned model's implicit rewards
+    accuracy = share of pairs with margin > 0, margins of 0 half
 
-Pairs whose pictures cannot be opened or scored are counted and left out. The interval keeps the pairs of one group
-(photographs, prompts) together.
+Pairs that cannot be judged are counted and left out. The interval keeps the pairs of one group together: of the named
+group, else of the same pictures asked about, else of the same prompt.
 """
 
 from __future__ import annotations
@@ -18,8 +19,23 @@ from evaluators.scorer import Scorer, score_each
 from mmalign.errors import UserError
 from mmalign.media import Media
 from mmalign.progress import Progress
-from mmalign.records import Preference
+from mmalign.records import Preference, Side
 from mmalign.statistics import Interval, share_interval
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Effort:
+    """How runs are asked.
+
+    Attributes:
+        batch_size: pairs per forward; changes nothing in their margins but rounding.
+        draws: (timestep, noise) draws per pair, where a run's rewards are estimates.
+        seed: of the draws.
+    """
+
+    batch_size: int
+    draws: int
+    seed: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,30 +43,62 @@ class Agreement:
     """Of one judge with the labels of pairs.
 
     Attributes:
-        ties: pairs with equal scores; failed: pairs left out.
+        margin_mean: over the pairs that were judged.
+        ties: pairs with a margin of 0; failed: pairs left out.
+        margins: of all pairs in their order; None: left out.
     """
 
     judge: str
     accuracy: float
     ci95: Interval | None
+    margin_mean: float
     pairs: int
     groups: int
     ties: int
     failed: int
+    margins: tuple[float | None, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values, without the margins."""
         return {
             name: list(value) if isinstance(value, tuple) else value
-            for name in ("judge", "accuracy", "ci95", "pairs", "groups", "ties", "failed")
+            for name in ("judge", "accuracy", "ci95", "margin_mean", "pairs", "groups", "ties", "failed")
             for value in [getattr(self, name)]
         }
 
 
 def groups_of(pairs: Sequence[Preference]) -> list[str]:
-    """What must stay together in a resample: the group, else the prompt; the pair itself where all are of one."""
-    named = [str(pair.context.get("group", pair.chosen.prompt)) for pair in pairs]
+    """What must stay together: the group, else the pictures asked about, else the prompt; where all is one, pairs."""
+    named = [str(pair.context.get("group", _asked(pair.chosen))) for pair in pairs]
     return named if len(set(named)) > 1 else [pair.item_id for pair in pairs]
+
+
+def _asked(side: Side) -> str:
+    return " ".join(media.sha256() for media in side.media) or side.prompt
+
+
+def agreement(judge: str, margins: Sequence[float | None], pairs: Sequence[Preference]) -> Agreement:
+    """A judge's accuracy from its margins.
+
+    Args:
+        margins: of the pairs, in their order; None for those that it could not judge, of which not all may be.
+    """
+    kept = [(group, margin) for group, margin in zip(groups_of(pairs), margins, strict=True) if margin is not None]
+    groups = [group for group, _ in kept]
+    values = np.array([margin for _, margin in kept])
+    hits = np.heaviside(values, 0.5)
+    clusters = len(set(groups))
+    return Agreement(
+        judge=judge,
+        accuracy=float(hits.mean()),
+        ci95=share_interval(hits, groups) if clusters > 1 else None,
+        margin_mean=float(values.mean()),
+        pairs=len(kept),
+        groups=clusters,
+        ties=int((values == 0).sum()),
+        failed=len(pairs) - len(kept),
+        margins=tuple(margins),
+    )
 
 
 def scorer_agreement(name: str, scorer: Scorer, pairs: Sequence[Preference], *, batch_size: int = 32) -> Agreement:
@@ -74,18 +122,6 @@ def scorer_agreement(name: str, scorer: Scorer, pairs: Sequence[Preference], *, 
             for chosen, rejected in zip(values[::2], values[1::2], strict=True):
                 margins.append(None if chosen is None or rejected is None else chosen - rejected)
             shown.update(len(some))
-    kept = [(group, margin) for group, margin in zip(groups_of(pairs), margins, strict=True) if margin is not None]
-    if not kept:
+    if all(margin is None for margin in margins):
         raise UserError(f"{scorer.identity} could score no pair", place=name)
-    groups = [group for group, _ in kept]
-    hits = np.array([0.5 if margin == 0 else float(margin > 0) for _, margin in kept])
-    clusters = len(set(groups))
-    return Agreement(
-        judge=f"{name} ({scorer.identity})",
-        accuracy=float(hits.mean()),
-        ci95=share_interval(hits, groups) if clusters > 1 else None,
-        pairs=len(kept),
-        groups=clusters,
-        ties=int((hits == 0.5).sum()),
-        failed=len(pairs) - len(kept),
-    )
+    return agreement(f"{name} ({scorer.identity})", margins, pairs)

@@ -40,11 +40,11 @@ def write_comparison(folder: Path, found: Comparison) -> Path:
 def markdown(found: Comparison) -> str:
     """The tables as Markdown, which a terminal shows as well."""
     parts = [" against ".join([", ".join(found.models[1:]), found.models[0]]) + f": {_sizes(found)}"]
-    parts.append(_pipe_table(["", *found.models], [[number, *cells] for number, cells in _means(found)]))
-    parts.append(_pipe_table(*_against(found)))
+    parts.append(pipe_table(["", *found.models], [[number, *cells] for number, cells in _means(found)]))
+    parts.append(pipe_table(*_against(found)))
     if found.rankings:
         parts.append("Strengths (Bradley-Terry with ties, Elo scale):")
-        parts.append(_pipe_table(["", *found.models], [[number, *cells] for number, cells in _elo(found)]))
+        parts.append(pipe_table(["", *found.models], [[number, *cells] for number, cells in _elo(found)]))
     parts += [f"Note: {note}" for note in found.notes]
     return "\n\n".join(parts)
 
@@ -53,7 +53,8 @@ def _sizes(found: Comparison) -> str:
     return f"{found.samples} samples, {found.prompts} prompts, protocol {found.digest}"
 
 
-def _pipe_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def pipe_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown that is aligned in a terminal too."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     lines = [

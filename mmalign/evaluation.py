@@ -14,7 +14,7 @@ from mmalign.cli import Parser, resolve
 
 KINDS = {
     "t2i": "diffusion.evaluation:main",
-    "preference": "diffusion.ranking:main",
+    "preference": "evaluators.preference:main",
     "vlm": "vlm.evaluation:main",
     "geneval": "evaluators.geneval_command:main",
 }

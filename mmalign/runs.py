@@ -11,6 +11,7 @@ from mmalign import config as configuration
 from mmalign import manifest
 from mmalign.config import Settings
 from mmalign.errors import UserError
+from mmalign.launch import package_of
 from mmalign.manifest import Manifest
 
 C = TypeVar("C", bound=Settings)
@@ -43,6 +44,20 @@ def read_config(cls: type[C], run: Path) -> C:
     if not file.is_file():
         raise UserError("not the folder of a run: it has no config.yaml", place=str(run))
     return configuration.load(cls, file)
+
+
+def package(path: Path) -> str:
+    """Which package trained what is at `path`: a run's folder, a checkpoint, or the `model` folder in one.
+
+    Raises:
+        UserError: no run.
+    """
+    inside = path.resolve()
+    for folder in (inside, *inside.parents[:2]):
+        if path.is_dir() and (folder / "config.yaml").is_file():
+            return package_of(folder / "config.yaml")
+    cause = "not the folder of a run: it has no config.yaml" if path.is_dir() else "no such folder"
+    raise UserError(cause, place=str(path), fix="Give a run's folder or a checkpoint in it.")
 
 
 def find(cls: type[C], path: Path, *, base: str | None = None) -> Tuned[C]:

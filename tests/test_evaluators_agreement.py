@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from tiny_runs import write_store
 
-from diffusion.ranking import main
 from evaluators.agreement import scorer_agreement
+from evaluators.preference import main
 from mmalign.cli import run_entry
 from mmalign.errors import UserError
 from mmalign.media import Media
@@ -40,6 +40,7 @@ def test_wins_ties_and_failures() -> None:
     pairs = [pair(0, 9, 1), pair(1, 9, 1), pair(2, 1, 9), pair(3, 5, 5), pair(4, -1, 5)]
     found = scorer_agreement("red", Red(), pairs, batch_size=2)
     assert (found.accuracy, found.pairs, found.ties, found.failed, found.groups) == (2.5 / 4, 4, 1, 1, 4)
+    assert found.margins == (8, 8, -8, 0, None) and found.margin_mean == 2
     assert found.ci95 is not None and found.ci95[0] < 0.625 < found.ci95[1]
     assert found.as_json()["ci95"] == list(found.ci95)
 
@@ -63,8 +64,15 @@ def test_the_command_asks_scorers(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert run_entry(main, [*words, "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert found["judge"].startswith("shapes (shapes@1") and found["pairs"] == 6 and found["groups"] == 3
-    assert run_entry(main, words) == 0
-    assert "6 pairs of 3 groups" in capsys.readouterr().out
+    assert run_entry(main, [*words, "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "| shapes (shapes@1" in said and "ties counted half" in said
+    assert (tmp_path / "out" / "preference.md").read_text() == said
+    content = json.loads((tmp_path / "out" / "preference.json").read_text())
+    assert content["judges"] == [found] and content["split"] == "train"
+    rows = [json.loads(line) for line in (tmp_path / "out" / "pairs.jsonl").read_text().splitlines()]
+    margins = [row["margins"][found["judge"]] for row in rows]
+    assert len({row["group"] for row in rows}) == 3 and sum(margins) / 6 == pytest.approx(found["margin_mean"])
     assert run_entry(main, ["--store", str(store)]) == 2
     assert "nobody to ask" in capsys.readouterr().err
     assert run_entry(main, [*words[:2], "--split", "held", "--scorer", "shapes"]) == 2
