@@ -36,7 +36,7 @@ def train(config: TrainConfig) -> int:
     if config.loop.attention == "xformers":
         raise UserError("xformers is for UNets", place="loop.attention", fix="Leave it out.")
     pairs, held_pairs, note = divided(config)
-    model = PreferenceModel(config.model)
+    model = PreferenceModel(config.model, seed=config.loop.seed)
     if config.loop.init_from:
         model.load(Path(config.loop.init_from))
     if config.loop.gradient_checkpointing:
@@ -97,11 +97,13 @@ def watch(config: TrainConfig, loop: Loop, judge: Callable[[], Judgement | None]
     def look(step: int) -> str | None:
         if step == 0 or step % held.every:
             return None
-        found = judge()
-        if found is None:
-            return None
-        loop.tracker.log(step, found.metrics())
         losses = _log_losses(config.loop.output_dir / METRICS)
+        if step not in losses:  # a resumed run begins where it has looked already
+            found = judge()
+            if found is None:
+                return None
+            loop.tracker.log(step, found.metrics())
+            losses[step] = found.calibration.log_loss
         best = min(losses, key=lambda at: losses[at])
         since = sum(at > best for at in losses)
         if held.patience is None or since < held.patience:

@@ -18,6 +18,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+OPENERS = {
+    "diffusion": ("diffusion.models", "load_model"),
+    "vlm": ("vlm.models", "open_model"),
+    "evaluators": ("evaluators.training.model", "PreferenceModel"),
+}
 TIMED = ("time", "throughput/pairs_per_second", "memory/peak_gb")
 
 RECIPE: dict[str, Any] = {
@@ -187,12 +192,19 @@ def interrupt(package: str, number: int, where: str, count: int) -> None:
 
         return wrapper
 
-    writing = importlib.import_module(f"{package}.weights")
     if where == "save":
-        writing.save_weights = counted(writing.save_weights, after=True)
+        if package == "evaluators":
+            writing, name = importlib.import_module("evaluators.training.model").PreferenceModel, "save"
+        else:
+            writing, name = importlib.import_module(f"{package}.weights"), "save_weights"
+        setattr(writing, name, counted(getattr(writing, name), after=True))
         return
     kinds: list[Any]
-    if package == "diffusion":
+    if package == "evaluators":
+        from evaluators.methods import pickscore
+
+        kinds = [pickscore.PickScore]
+    elif package == "diffusion":
         from diffusion import trajectories
         from diffusion.methods import dpo
 
@@ -239,9 +251,8 @@ def main() -> None:
     importlib.import_module(f"{package}.train")  # once, before the forks
     together = "RANK" in os.environ
     if not together:  # and what the libraries import late
-        models = importlib.import_module(f"{package}.models")
-        opened = models.load_model if package == "diffusion" else models.open_model
-        opened(config.load(recipes, jobs[0]["recipe"]).model)
+        module, opened = OPENERS[package]
+        getattr(importlib.import_module(module), opened)(config.load(recipes, jobs[0]["recipe"]).model)
     results = []
     for job in jobs:
         code = run_job(job) if together else forked(job)

@@ -25,6 +25,7 @@ from evaluators.towers import clip_tokens, unit
 from evaluators.weights import Weights, find, fingerprint, load_strictly, open_pretrained, read_tensors
 from mmalign import shapes
 from mmalign.errors import UserError
+from mmalign.randomness import key_seed
 
 LARGEST_SCALE = math.log(100)  # of logit_scale, as in CLIP
 WEIGHTS, HEAD = "model.safetensors", "head.safetensors"
@@ -54,12 +55,15 @@ class Head(nn.Module):
 class PreferenceModel(nn.Module):
     """See the module's docstring.
 
+    Args:
+        seed: of the head's first weights.
+
     Attributes:
         base: name and fingerprint of the CLIP before training.
         preprocess, tokens: what pictures and texts are read by.
     """
 
-    def __init__(self, settings: ClipSettings) -> None:
+    def __init__(self, settings: ClipSettings, seed: int = 0) -> None:
         from transformers import CLIPModel
 
         super().__init__()
@@ -71,7 +75,9 @@ class PreferenceModel(nn.Module):
         self.base = f"{Path(settings.path).name}@{fingerprint(self.clip)}"
         self.tokens = clip_tokens(self._folder, self.clip.config.text_config)
         self.preprocess: Preprocess = of_folder(self._folder, self.clip.config.vision_config.image_size)
-        self.head = Head(self.clip.config.projection_dim, settings.head) if settings.head else None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(key_seed("head", seed))
+            self.head = Head(self.clip.config.projection_dim, settings.head) if settings.head else None
         choose_trained(self.clip, settings)
 
     def forward(

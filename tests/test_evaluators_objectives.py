@@ -1,0 +1,184 @@
+"""What scorers are trained by and judged by, against numbers that come from elsewhere."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from evaluators import accuracy
+from evaluators.calibration import calibration, log_loss, temperature
+from evaluators.training.objectives import among_texts, gather, picked, plackett_luce
+
+DOUBLE = torch.float64
+
+
+def doubles(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=DOUBLE)
+
+
+# --------------------------------------------------------------------------------------------- PickScore
+
+
+def test_picked_at_its_closed_forms() -> None:
+    margin, sure = doubles(0, 0, math.log(3), 2), doubles(1, 0.5, 0.75, 1)
+    expected = doubles(math.log(2), 0, 0, math.log1p(math.exp(-2)))
+    torch.testing.assert_close(picked(margin, sure), expected, rtol=0, atol=1e-12)
+
+
+def test_picked_is_the_authors_on_their_labels() -> None:
+    """Written with the softmax and the constant of clip_criterion.py, on labels 1, 0 and 1/2."""
+    logits = torch.randn(9, 2, dtype=DOUBLE, generator=torch.Generator().manual_seed(0)) * 3
+    label = doubles(1, 0, 0.5).repeat(3)
+    log_softmax = logits.log_softmax(-1)
+    theirs = -(label * log_softmax[:, 0] + (1 - label) * log_softmax[:, 1])
+    theirs = theirs + (label == 0.5).double() * math.log(0.5)
+    torch.testing.assert_close(picked(logits[:, 0] - logits[:, 1], label), theirs, rtol=0, atol=1e-12)
+
+
+def test_picked_is_a_divergence_with_the_right_slope() -> None:
+    margin = doubles(-1.5, 0.2, 3).requires_grad_()
+    sure = doubles(0.9, 0.3, 0.6)
+    model = torch.stack([torch.sigmoid(margin), torch.sigmoid(-margin)], -1)
+    label = torch.stack([sure, 1 - sure], -1)
+    torch.testing.assert_close(
+        picked(margin, sure), functional.kl_div(model.log(), label, reduction="none").sum(-1), rtol=0, atol=1e-12
+    )
+    assert torch.autograd.gradcheck(lambda h: picked(h, sure), margin)
+    (slope,) = torch.autograd.grad(picked(margin, sure).sum(), margin)
+    torch.testing.assert_close(slope, torch.sigmoid(margin.detach()) - sure)
+
+
+# ------------------------------------------------------------------------------------------------ rankings
+
+
+def ranking(order: tuple[int, ...]) -> Tensor:
+    """All (better, worse) pairs of an order, best first."""
+    return torch.tensor(list(itertools.combinations(order, 2)))
+
+
+def test_rankings_are_a_distribution() -> None:
+    scores = doubles(0.3, -1.2, 2.0, 0.9)
+    total = 0.0
+    for order in itertools.permutations(range(4)):
+        pairs = ranking(order)
+        loss = plackett_luce(scores, pairs, torch.ones(len(pairs), dtype=torch.bool))
+        weights = scores.exp()
+        by_hand = math.prod(float(weights[i] / weights[list(order[k:])].sum()) for k, i in enumerate(order))
+        assert math.exp(-loss.sum().item()) == pytest.approx(by_hand, rel=1e-12)
+        assert loss[order[-1]] == 0  # the last beats none
+        total += by_hand
+    assert total == pytest.approx(1)
+
+
+def test_a_ranking_of_two_is_bradley_and_terrys() -> None:
+    scores = doubles(0.4, 1.7)
+    loss = plackett_luce(scores, torch.tensor([[1, 0]]), torch.tensor([True]))
+    assert loss.tolist() == pytest.approx([0, math.log1p(math.exp(0.4 - 1.7))])
+
+
+def test_ties_and_other_prompts_do_not_compete() -> None:
+    scores = doubles(0.4, 1.7, -0.3, 5)
+    pairs = torch.tensor([[0, 1], [0, 2], [1, 2]])
+    loss = plackett_luce(scores, pairs, torch.tensor([False, True, True]))
+    expected = [math.log1p(math.exp(-0.7)), math.log1p(math.exp(-2)), 0, 0]
+    assert loss.tolist() == pytest.approx(expected)
+
+
+# ------------------------------------------------------------------------------------------------ negatives
+
+
+def test_texts_are_found_among_all_but_their_equals() -> None:
+    generator = torch.Generator().manual_seed(0)
+    texts = functional.normalize(torch.randn(3, 8, dtype=DOUBLE, generator=generator), dim=-1)
+    pictures = functional.normalize(torch.randn(4, 8, dtype=DOUBLE, generator=generator), dim=-1)
+    owner, scale = torch.tensor([0, 0, 1, 2]), doubles(5)[0]
+    found = among_texts(pictures, texts, scale, owner)
+    for row in range(4):
+        logits = [5 * float(pictures[row] @ texts[k]) for k in range(3)]
+        own = int(owner[row])
+        assert found[row].item() == pytest.approx(math.log(sum(map(math.exp, logits))) - logits[own])
+    same = torch.eye(3, dtype=torch.bool)
+    same[0, 1] = same[1, 0] = True
+    kept = among_texts(pictures, texts, scale, owner, same)
+    logits = [5 * float(pictures[0] @ texts[k]) for k in (0, 2)]
+    assert kept[0].item() == pytest.approx(math.log(sum(map(math.exp, logits))) - logits[0])
+    assert kept[3] == found[3]
+
+
+def test_one_process_gathers_its_own() -> None:
+    rows = torch.randn(2, 3)
+    assert gather(rows) is rows
+
+
+# ------------------------------------------------------------------------------------------------- accuracy
+
+MARGINS = np.array([2.0, -1.0, 0.0, 0.1, 3.0, -0.05])
+LABELS = np.array([1.0, 1.0, 1.0, 0.5, 0.5, 1.0])
+PROMPTS = ["a", "a", "a", "a", "b", "b"]
+
+
+def test_three_accuracies_of_the_same_scores() -> None:
+    assert accuracy.strict(MARGINS, LABELS, PROMPTS).value == 1 / 4
+    assert accuracy.rank(MARGINS, LABELS, PROMPTS).value == pytest.approx((2 / 3 + 0) / 2)
+    # sigmoid(h) - sigmoid(-h): 0.762, -0.462, 0, 0.05, 0.905, -0.025
+    without = accuracy.pickscore(MARGINS, LABELS, PROMPTS, 0.0)
+    assert without.value == pytest.approx((1 + 0 + 0 + 0.5 + 0.5 + 0) / 6)
+    with_ties = accuracy.pickscore(MARGINS, LABELS, PROMPTS, 0.1)
+    assert with_ties.value == pytest.approx((1 + 0 + 0.5 + 1 + 0.5 + 0.5) / 6)
+    each = accuracy.pickscore(MARGINS, LABELS, PROMPTS, np.array([0.1, 0.1, 0.1, 0.0, 0.1, 0.0]))
+    assert each.value == pytest.approx((1 + 0 + 0.5 + 0.5 + 0.5 + 0) / 6)
+
+
+def test_the_threshold_is_the_one_with_most_right() -> None:
+    assert accuracy.tie_threshold(MARGINS, np.ones(6)) == 0
+    fits = accuracy.tie_threshold(MARGINS, LABELS)
+    tried = {k / 100: accuracy.pickscore(MARGINS, LABELS, PROMPTS, k / 100).value for k in range(101)}
+    assert tried[round(fits, 2)] == max(tried.values())
+    assert all(value < tried[round(fits, 2)] for threshold, value in tried.items() if threshold < fits - 1e-9)
+
+
+def test_intervals_keep_prompts_together() -> None:
+    generator = np.random.default_rng(0)
+    groups = [str(k // 20) for k in range(400)]
+    margins = np.repeat(generator.choice([-1.0, 1.0], 20), 20)  # a prompt is all right or all wrong
+    apart = accuracy.strict(margins, np.ones(400), [str(k) for k in range(400)]).ci95
+    together = accuracy.strict(margins, np.ones(400), groups).ci95
+    assert apart is not None and together is not None
+    assert together[1] - together[0] > 3 * (apart[1] - apart[0])
+    assert accuracy.strict(np.ones(2), np.ones(2), ["a", "a"]).ci95 is None
+
+
+# ---------------------------------------------------------------------------------------------- calibration
+
+
+def test_true_probabilities_are_calibrated_and_too_sure_ones_are_not() -> None:
+    generator = np.random.default_rng(0)
+    margins = generator.normal(0, 2, 40_000)
+    wins = generator.random(40_000) < 1 / (1 + np.exp(-margins))
+    signed = np.where(wins, margins, -margins)  # of the preferred picture minus the other
+    true = calibration(signed, np.ones(40_000))
+    assert true.ece < 0.01 and true.temperature == pytest.approx(1, abs=0.03)
+    sure = calibration(3 * signed, np.ones(40_000))
+    assert sure.ece > 0.05 and sure.temperature == pytest.approx(3, abs=0.1)
+    assert sure.log_loss > true.log_loss and sure.brier > true.brier
+    assert sum(one.pairs for one in true.bins) == 40_000 and len(true.bins) == 10
+    assert [one.sure for one in true.bins] == sorted(one.sure for one in true.bins)
+
+
+def test_log_loss_and_brier_by_hand() -> None:
+    margins, sure = np.array([0.0, math.log(3), -math.log(3)]), np.array([1.0, 1.0, 0.75])
+    expected = [math.log(2), -math.log(0.75), -0.75 * math.log(0.25) - 0.25 * math.log(0.75)]
+    assert log_loss(margins, sure) == pytest.approx(np.mean(expected))
+    assert calibration(margins, sure).brier == pytest.approx((0.25 + 0.0625 + 0.25) / 3)
+
+
+def test_what_is_always_right_cannot_be_too_sure() -> None:
+    assert temperature(np.array([1.0, 900.0]), np.ones(2)) == pytest.approx(0.01)
+    assert temperature(np.array([-1.0, -900.0]), np.ones(2)) == pytest.approx(100)
+    assert calibration(np.array([900.0, -900.0]), np.ones(2)).log_loss == pytest.approx(450)
