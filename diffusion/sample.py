@@ -2,8 +2,9 @@
 
     mmalign sample runs/demo/dpo --prompts "two red circles" "a blue square" --out pictures
     mmalign sample --model shapes --prompts shapes:heldout --count 16 --out base
+    mmalign sample --model shapes --prompts captions.txt --per-prompt 4 --out candidates      for `mmalign label`
 
-Prompt i is drawn from the noise of seed + i, so that two models asked the same can be compared side by side.
+Picture i is drawn from the noise of seed + i, so that two models asked the same can be compared side by side.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     add_sampling(parser)
+    parser.add_argument("--per-prompt", type=int, default=1, help="pictures of each (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures per forward (default: %(default)s)")
     said = parser.parse_args(argv)
     if said.checkpoint is None and said.model is None:
@@ -47,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from diffusion.settings import ModelSettings
     from diffusion.tuned import find_tuned, open_tuned
 
-    prompts = gather_prompts(said.prompts, said.count, said.seed)
+    wanted = gather_prompts(said.prompts, said.count, said.seed)
+    prompts = [prompt for prompt in wanted for _ in range(said.per_prompt)]
     if said.checkpoint is None:
         model = load_model(ModelSettings(path=said.model))
         name = model.identity
@@ -86,7 +89,8 @@ def check_least(said: Any) -> None:
     Raises:
         UserError: one is.
     """
-    for name, least in (("count", 1), ("seed", 0), ("steps", 1), ("guidance_scale", 0), ("batch_size", 1)):
+    leasts = {"count": 1, "per_prompt": 1, "seed": 0, "steps": 1, "guidance_scale": 0, "batch_size": 1}
+    for name, least in leasts.items():
         value = getattr(said, name, None)
         if value is not None and not value >= least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")

@@ -96,6 +96,21 @@ def test_captions_of_the_embedded_world(base: Path, tmp_path: Path) -> None:
     assert len({row["prompt"] for row in rows(tmp_path / "a")}) == 3
 
 
+def test_several_of_a_prompt_differ_and_become_its_candidates(base: Path, tmp_path: Path) -> None:
+    from evaluators import label
+    from mmalign.preferences import Store
+
+    some = ("--prompts", "a red circle", "a blue square", "--per-prompt", 3)
+    run("--model", base, *some, "--out", tmp_path / "a", *QUICK)
+    assert [(row["prompt"], row["seed"]) for row in rows(tmp_path / "a")] == [
+        *(("a red circle", seed) for seed in (0, 1, 2)),
+        *(("a blue square", seed) for seed in (3, 4, 5)),
+    ]
+    assert np.abs(pixels(tmp_path / "a", 0).astype(int) - pixels(tmp_path / "a", 1)).max() > 2
+    label.main([str(tmp_path / "a"), "--scorer", "shapes", "--out", str(tmp_path / "store")])
+    assert [len(record.candidates) for record in Store.open(tmp_path / "store").records()] == [3, 3]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
