@@ -42,7 +42,7 @@ from transformers import (
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
-FAMILIES = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm")
+FAMILIES = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "internvl")
 
 CHAT = (
     "{% for m in messages %}{{ 'USER: ' if m['role'] == 'user' else 'ASSISTANT: ' }}"
@@ -63,18 +63,30 @@ SMOL_CHAT = (
     "{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}"
     "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
+INTERN_CHAT = QWEN_CHAT.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\\n")
 WORDS = "USER: ASSISTANT: Assistant: user assistant is there a cat in the image? yes no, two dogs on the red mat."
 QWEN_TOKENS = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+INTERN_TOKENS = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
 SMOL_TOKENS = ["<|im_start|>", "<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"]
 SMOL_TOKENS += [f"<row_{row + 1}_col_{column + 1}>" for row in range(6) for column in range(6)]
 
 
-def tokenizer(special: list[str], *, bos: str | None, eos: str, adds_bos: bool = False) -> Any:
-    """A byte-level BPE tokenizer whose padding token has id 0."""
+def tokenizer(special: list[str] | dict[str, str], *, bos: str | None, eos: str, adds_bos: bool = False) -> Any:
+    """A byte-level BPE tokenizer whose padding token has id 0.
+
+    Args:
+        special: its further tokens, or those by the names under which it has them.
+    """
+    named = special.values() if isinstance(special, dict) else special
     own = Tokenizer(models.BPE())
     own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     own.decoder = decoders.ByteLevel()
-    tokens = list(dict.fromkeys(["<pad>", *([bos] if bos else []), eos, *special]))
+    tokens = list(dict.fromkeys(["<pad>", *([bos] if bos else []), eos, *named]))
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     own.train_from_iterator(
         [WORDS] * 40, trainers.BpeTrainer(vocab_size=420, special_tokens=tokens, initial_alphabet=sorted(alphabet))
@@ -86,7 +98,7 @@ def tokenizer(special: list[str], *, bos: str | None, eos: str, adds_bos: bool =
             single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, own.token_to_id(bos))]
         )
     return PreTrainedTokenizerFast(
-        tokenizer_object=own, bos_token=bos, eos_token=eos, pad_token="<pad>", additional_special_tokens=special
+        tokenizer_object=own, bos_token=bos, eos_token=eos, pad_token="<pad>", extra_special_tokens=special
     )
 
 
@@ -294,6 +306,37 @@ def _smolvlm() -> tuple[Any, Any]:
     return SmolVLMForConditionalGeneration(config), processor
 
 
+def _internvl() -> tuple[Any, Any]:
+    from transformers import GotOcr2ImageProcessor, InternVLConfig, InternVLForConditionalGeneration, InternVLProcessor
+    from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
+
+    own = tokenizer(INTERN_TOKENS, bos=None, eos="<|im_end|>")
+    text = llama(own).to_dict() | {"model_type": "qwen2"}
+    config = InternVLConfig(
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 40,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+        text_config=text,
+        image_token_id=own.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+    sizes = {"size": {"height": 32, "width": 32}}
+    processor = InternVLProcessor(
+        image_processor=GotOcr2ImageProcessor(max_patches=4, **sizes),
+        tokenizer=own,
+        video_processor=InternVLVideoProcessor(**sizes),
+        image_seq_length=4,
+        chat_template=INTERN_CHAT,
+    )
+    return InternVLForConditionalGeneration(config), processor
+
+
 MAKERS = {
     "llava": _llava,
     "llava_next": _llava_next,
@@ -302,6 +345,7 @@ MAKERS = {
     "qwen3_vl": _qwen3_vl,
     "idefics3": _idefics3,
     "smolvlm": _smolvlm,
+    "internvl": _internvl,
 }
 
 

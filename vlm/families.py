@@ -9,6 +9,7 @@ distinct pictures became; nothing is cut out of a processor's batch by rows, whi
 | llava_next | pixel_values [tiles, 3, h, w], image_sizes [1, 2]       | base + unpadded + line ends  |
 | qwen_vl    | pixel_values [patches, d], image_grid_thw [1, 3]        | patches / merge^2            |
 | idefics3   | pixel_values [tiles, 1, 3, h, w], pixel_attention_mask  | tiles x tokens per tile      |
+| internvl   | pixel_values [tiles, 3, h, w]                           | tiles x tokens per tile      |
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from mmalign.errors import UserError
 from vlm.settings import VlmModelSettings
 
-FamilyName: TypeAlias = Literal["llava", "llava_next", "qwen_vl", "idefics3"]
+FamilyName: TypeAlias = Literal["llava", "llava_next", "qwen_vl", "idefics3", "internvl"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +36,7 @@ class Family:
         language, projector, vision: patterns of the parts' module paths below `model`, for adapters.
         tensors: the image processor's output for one picture -> the tensors of `ImageInput`.
         nested: whether the image processor wants a list of pictures per row.
+        given: the embeddings of all pictures -> what the model takes them back as, instead of pictures.
         token_types: whether the model must be told which tokens are image tokens, and makes positions from that.
         options: settings of `VlmModelSettings` that change pictures here.
     """
@@ -45,6 +48,7 @@ class Family:
     tensors: Callable[[Mapping[str, Any]], dict[str, Tensor]]
     nested: bool = False
     token_types: bool = False
+    given: Callable[[list[Tensor]], Any] = list
     options: tuple[str, ...] = ()
 
 
@@ -101,6 +105,14 @@ IDEFICS3 = Family(
     nested=True,
     options=("longest_edge", "tiles"),
 )
+INTERNVL = Family(
+    name="internvl",
+    language="language_model",
+    projector="multi_modal_projector",
+    vision="vision_tower",
+    tensors=_llava,
+    given=torch.cat,
+)
 
 FAMILIES: dict[str, Family] = {
     "llava": LLAVA,
@@ -110,6 +122,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl": QWEN_VL,
     "idefics3": IDEFICS3,
     "smolvlm": IDEFICS3,
+    "internvl": INTERNVL,
 }
 """By `model_type` of config.json."""
 

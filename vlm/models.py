@@ -1,4 +1,4 @@
-"""LLaVA, LLaVA-NeXT, Qwen-VL and SmolVLM behind encode, collate, encode_images and logps.
+"""LLaVA, LLaVA-NeXT, Qwen-VL, SmolVLM and InternVL behind encode, collate, encode_images and logps.
 
 A conversation becomes a `Row`, rows a `VlmBatch`, a batch log-probabilities. Vision tower and projector see every
 distinct image of a batch once, however many rows look at it; log-probabilities never need the logits of a whole row.
@@ -24,7 +24,7 @@ from mmalign.fingerprints import module_fingerprint
 from vlm.attention import cannot_share, share
 from vlm.batch import ImageInput, PaddingSide, Row, VlmBatch, collate
 from vlm.conversations import Conversation, choose_template, render
-from vlm.families import process
+from vlm.families import Family, process
 from vlm.logprobs import Distributions, TokenLogps, compared_at, logps_at, strongest, token_logps
 from vlm.opening import DTYPES, open_network
 from vlm.packing import Answers, apart, shared
@@ -250,7 +250,7 @@ class VisionLanguageModel:
         arguments: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.attention.long()}
         if features is None:
             features = self.encode_images(batch.images)
-        arguments |= _encoded(features, [image for look in batch.looks for image in look])
+        arguments |= _encoded(self.family, features, [image for look in batch.looks for image in look])
         if self.family.token_types:
             return arguments | self._token_types(batch)
         return arguments | {"position_ids": (batch.attention.long().cumsum(dim=1) - 1).clamp(min=0)}
@@ -267,7 +267,7 @@ class VisionLanguageModel:
         if features is None:
             features = self.encode_images(answers.images)
         arguments: dict[str, Any] = {"input_ids": answers.ids, "position_ids": answers.positions, "use_cache": False}
-        arguments |= _encoded(features, answers.looks)
+        arguments |= _encoded(self.family, features, answers.looks)
         if answers.groups is None:
             arguments["attention_mask"] = answers.attention.long()
         else:
@@ -314,14 +314,14 @@ class VisionLanguageModel:
         return {"mm_token_type_ids": types, "image_grid_thw": torch.cat(grids).to(batch.ids.device)}
 
 
-def _encoded(features: ImageFeatures | None, looks: Sequence[int]) -> dict[str, Any]:
+def _encoded(family: Family, features: ImageFeatures | None, looks: Sequence[int]) -> dict[str, Any]:
     """Features of every run of placeholders, as transformers takes them."""
     if features is None:
         return {}
     return {
         "mm_encoder_outputs": {
             "image": SimpleNamespace(
-                pooler_output=[features.pooled[i] for i in looks],
+                pooler_output=family.given([features.pooled[i] for i in looks]),
                 deepstack_features=[[level[i] for i in looks] for level in features.deep],
             )
         }
