@@ -88,18 +88,26 @@ def read_pairs(settings: PairDataSettings, seed: int) -> tuple[list[Preference],
     return pairs, str(summary)
 
 
-DRAWN = "label_probability"  # in a pair's provenance: of the better side, before its label was drawn
+DRAWN = "label_probability"  # in a pair's provenance: of the label that was drawn
 
 
 def _drawn(pair: Preference, seed: int) -> Preference:
     from mmalign.randomness import key_seed
 
     probability = pair.ordered()[2]
-    draw = key_seed("drawn label", seed, pair.item_id) % 2**32 / 2**32
-    sure = replace(pair, confidence=None, gap=None, provenance={**pair.provenance, DRAWN: probability})
-    return sure if draw < probability else sure.flip()
+    agrees = key_seed("drawn label", seed, pair.item_id) % 2**32 / 2**32 < probability
+    about = {**pair.provenance, DRAWN: probability if agrees else 1 - probability}
+    sure = replace(pair, confidence=None, gap=None, provenance=about)
+    return sure if agrees else sure.flip()
 
 
-def label_probability(pair: Preference) -> float:
-    """The probability that the best judge there could be agrees with a pair's label, or with its opposite."""
-    return float(pair.provenance.get(DRAWN, pair.ordered()[2]))
+def best_agreement(pair: Preference) -> float:
+    """How probably the best judge there could be agrees with the label: one who prefers the more probable side.
+
+    Known where the label was drawn from its probability; otherwise what the label's confidence allows.
+    """
+    if DRAWN in pair.provenance:
+        probability = float(pair.provenance[DRAWN])
+        return 0.5 if probability == 0.5 else float(probability > 0.5)
+    confidence = pair.ordered()[2]
+    return max(confidence, 1 - confidence)

@@ -1,7 +1,7 @@
 """How good a trained scorer is on pairs that it never saw: accuracy by every definition, and calibration.
 
-What the labels allow is said beside it: labels that are right with probability p agree with the best scorer there
-could be in max(p, 1 - p) of cases, and no scorer is above their mean beyond luck.
+What the labels allow is said beside it: how often the best judge there could be agrees with them. A label that is right
+with probability p agrees with him in max(p, 1 - p) of cases.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from evaluators.calibration import Calibration, calibration
 from evaluators.training.data import Item, PictureFeed, items_of
 from evaluators.training.model import PreferenceModel
 from mmalign.apart import write_json
-from mmalign.pairdata import label_probability
+from mmalign.pairdata import best_agreement
 from mmalign.progress import progress
 from mmalign.records import Preference
 
@@ -46,12 +46,12 @@ class HeldOut:
     def of(pairs: Sequence[Preference]) -> HeldOut:
         """Of pairs, by prompt."""
         items = items_of(pairs, "prompts")
-        sure = np.array([label_probability(pair) for pair in pairs if pair.label != "tie"])
+        best = [best_agreement(pair) for pair in pairs if pair.label != "tie"]
         return HeldOut(
             items=tuple(items),
             confidence=np.array([confidence for item in items for confidence in item.confidence]),
             prompts=tuple(item.prompt for item in items for _ in item.pairs),
-            allowed=float(np.maximum(sure, 1 - sure).mean()) if len(sure) else 0.5,
+            allowed=float(np.mean(best)) if best else 0.5,
         )
 
 
