@@ -1,6 +1,6 @@
 """Is a scorer right about pairs? Three published definitions of "accuracy", which differ by points on the same scores.
 
-pickscore   a prediction is a tie where |sigmoid(h) - sigmoid(-h)| < threshold; right 1, tie against a side 1/2
+pickscore   a prediction is a tie where |sigmoid(h) - sigmoid(-h)| <= threshold; right 1, tie against a side 1/2
 rank        of each prompt the share of pairs that are not inverted, equal scores counting as right; mean over prompts
 strict      share of pairs with h > 0, over all pairs alike, equal scores counting as wrong
 
@@ -22,7 +22,7 @@ from mmalign.statistics import Interval, share_interval
 
 Values = NDArray[np.float64]
 TIE = 0.5  # a label's confidence that says neither
-THRESHOLDS = 101  # that are tried
+THRESHOLDS = 11  # that are tried: 0, 0.1, ... 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +69,7 @@ def tie_threshold(margins: Values, confidence: Values) -> float:
 
 
 def _with_ties(margins: Values, confidence: Values, threshold: float | Values) -> Values:
-    tie = np.abs(np.tanh(margins / 2)) < threshold  # sigmoid(h) - sigmoid(-h) = tanh(h / 2)
+    tie = np.abs(np.tanh(margins / 2)) <= threshold  # sigmoid(h) - sigmoid(-h) = tanh(h / 2)
     labelled = confidence == TIE
     sided = (margins > 0).astype(float)
     return np.where(tie & labelled, 1.0, np.where(tie | labelled, 0.5, sided))

@@ -23,6 +23,7 @@ from mmalign.announce import announce, forward_seconds
 from mmalign.cli import Parser, run_entry
 from mmalign.errors import UserError
 from mmalign.loop import Hooks, Loop, check_machine, processes, trainable
+from mmalign.memory import recompute_activations
 from mmalign.tracking import METRICS
 
 PASSES = 3.0  # of a turn in forwards: the model and its backward
@@ -40,13 +41,14 @@ def train(config: TrainConfig) -> int:
     if config.loop.init_from:
         model.load(Path(config.loop.init_from))
     if config.loop.gradient_checkpointing:
-        model.clip.gradient_checkpointing_enable()
+        recompute_activations(model.clip)
     model.to(processes().device)
     main = processes().is_main_process
     held = HeldOut.of(held_pairs) if held_pairs else None
     feed = PictureFeed(config, pairs, held.items if held else (), model.preprocess, model.tokens, main=main)
     loop = Loop(model, config.loop, config.optim)
-    method = module.build(options, Parts(module=loop.module, mean_weight=feed.mean_weight))
+    parts = Parts(module=loop.module, head=model.head is not None, mean_weight=feed.mean_weight)
+    method = module.build(options, parts)
 
     def judge() -> Judgement | None:
         if held is None or not main:

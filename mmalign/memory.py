@@ -1,10 +1,11 @@
-"""Peak memory of this process."""
+"""Memory: how much this process used, and how a model gets by with less."""
 
 from __future__ import annotations
 
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,3 +23,9 @@ def peak_gb(device: torch.device | None = None) -> float:
     """Peak memory of this process so far where the work is done, in GiB: on the GPU if there is one, else resident."""
     on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
     return torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else resident_gb()
+
+
+def recompute_activations(model: Any) -> None:
+    """Keep fewer activations of a transformers model: the backward pass computes them again."""
+    # transformers 5.23 renamed it
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ from torch.nn import functional
 
 from evaluators import accuracy
 from evaluators.calibration import calibration, log_loss, temperature
-from evaluators.training.objectives import among_texts, gather, picked, plackett_luce
+from evaluators.methods import pickscore
+from evaluators.training.data import PictureBatch
+from evaluators.training.objectives import among, gather, picked, plackett_luce
+from evaluators.training.parts import Parts
 
 DOUBLE = torch.float64
 
@@ -98,22 +102,101 @@ def test_texts_are_found_among_all_but_their_equals() -> None:
     texts = functional.normalize(torch.randn(3, 8, dtype=DOUBLE, generator=generator), dim=-1)
     pictures = functional.normalize(torch.randn(4, 8, dtype=DOUBLE, generator=generator), dim=-1)
     owner, scale = torch.tensor([0, 0, 1, 2]), doubles(5)[0]
-    found = among_texts(pictures, texts, scale, owner)
+    found = among(pictures, texts, scale, owner)
     for row in range(4):
         logits = [5 * float(pictures[row] @ texts[k]) for k in range(3)]
         own = int(owner[row])
         assert found[row].item() == pytest.approx(math.log(sum(map(math.exp, logits))) - logits[own])
-    same = torch.eye(3, dtype=torch.bool)
-    same[0, 1] = same[1, 0] = True
-    kept = among_texts(pictures, texts, scale, owner, same)
+    left_out = torch.zeros(4, 3, dtype=torch.bool)
+    left_out[0, 1] = True
+    kept = among(pictures, texts, scale, owner, left_out)
     logits = [5 * float(pictures[0] @ texts[k]) for k in (0, 2)]
     assert kept[0].item() == pytest.approx(math.log(sum(map(math.exp, logits))) - logits[0])
     assert kept[3] == found[3]
 
 
+class Fixed(torch.nn.Module):
+    """A model whose vectors are given."""
+
+    def __init__(self, texts: Tensor, pictures: Tensor, scale: float) -> None:
+        super().__init__()
+        self.texts, self.pictures, self.scale = texts, pictures, doubles(scale)[0]
+
+    def forward(self, tokens: Tensor, pixels: Tensor, owner: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        scores = self.scale * (self.texts[owner] * self.pictures).sum(-1)
+        return scores, self.texts, self.pictures, self.scale
+
+
+def batch_of_pairs(tokens: list[int], labels: Tensor, counts: Tensor) -> PictureBatch:
+    """Pictures 2 i and 2 i + 1 belong to text i."""
+    count = len(tokens)
+    return PictureBatch(
+        prompts=tuple(map(str, tokens)),
+        tokens=torch.tensor(tokens)[:, None],
+        pixels=torch.zeros(2 * count, 3, 1, 1),
+        owner=torch.arange(2 * count) // 2,
+        pairs=torch.arange(2 * count).reshape(count, 2),
+        confidence=labels,
+        gap=None,
+        counts=counts,
+    )
+
+
+def pickscore_loss(batch: PictureBatch, model: Fixed, **options: Any) -> float:
+    parts = Parts(module=model, head=False, mean_weight=lambda weighted: 0.4 if weighted else 1.0)
+    method = pickscore.build(pickscore.Options(**options), parts)
+    return next(iter(method.losses(batch)))[0].item()
+
+
+def test_in_batch_negatives_as_the_authors_have_them() -> None:
+    """Written out pair by pair from clip_criterion.py's loss: every picture and text of the batch competes."""
+    generator = torch.Generator().manual_seed(1)
+    texts, pictures = (
+        functional.normalize(torch.randn(rows, 8, dtype=DOUBLE, generator=generator), dim=-1) for rows in (3, 6)
+    )
+    labels, counts = doubles(1, 0.5, 1), doubles(1, 4, 2)
+    batch, model = batch_of_pairs([1, 2, 1], labels, counts), Fixed(texts, pictures, 4.0)
+    cosines = 4 * texts @ pictures.T  # [texts, pictures]
+    to_picture, to_text = -cosines.log_softmax(1), -cosines.log_softmax(0)
+    total, weights = 0.0, (1 / counts / (1 / counts).sum()).tolist()
+    for i in range(3):
+        p, own = labels[i].item(), (2 * i, 2 * i + 1)
+        text = p * to_picture[i, own[0]] + (1 - p) * to_picture[i, own[1]] + (math.log(0.5) if p == 0.5 else 0)
+        image = p * to_text[i, own[0]] + (1 - p) * to_text[i, own[1]]
+        total += weights[i] * (text + image).item() / 2
+    # theirs takes log 2 off the text's half of a tie; the divergence does as much, halved with the rest
+    assert pickscore_loss(batch, model, in_batch_negatives=True, compat="pickscore") == pytest.approx(total, abs=1e-12)
+
+
+def test_equal_prompts_are_no_negatives() -> None:
+    generator = torch.Generator().manual_seed(2)
+    vectors = functional.normalize(torch.randn(8, 8, dtype=DOUBLE, generator=generator), dim=-1)
+    ones, counts = doubles(1, 1), doubles(2, 2)
+    alike = batch_of_pairs([7, 7], ones, counts)
+    model = Fixed(vectors[[0, 0]], vectors[2:6], 4.0)
+    plain = pickscore_loss(alike, model) * 2  # nothing but the pairs is left; each picture's only text is its own
+    assert pickscore_loss(alike, model, in_batch_negatives=True) == pytest.approx(plain / 4, abs=1e-12)
+    apart = batch_of_pairs([7, 8], ones, counts)
+    assert pickscore_loss(apart, model, in_batch_negatives=True) > plain / 4
+
+
+def test_prompts_weigh_the_same_over_the_data_or_in_the_batch() -> None:
+    generator = torch.Generator().manual_seed(3)
+    vectors = functional.normalize(torch.randn(9, 8, dtype=DOUBLE, generator=generator), dim=-1)
+    model = Fixed(vectors[:3], vectors[3:], 4.0)
+    batch = batch_of_pairs([1, 2, 3], doubles(1, 1, 0.5), doubles(1, 4, 2))
+    each = picked(model(batch.tokens, batch.pixels, batch.owner)[0].reshape(3, 2) @ doubles(1, -1), batch.confidence)
+    assert pickscore_loss(batch, model, prompt_weights=False) == pytest.approx(each.mean().item())
+    of_data = (each * doubles(1, 0.25, 0.5)).sum().item() / 0.4 / 3
+    assert pickscore_loss(batch, model) == pytest.approx(of_data)
+    of_batch = (each * doubles(1, 0.25, 0.5)).sum().item() / 1.75
+    assert pickscore_loss(batch, model, compat="pickscore") == pytest.approx(of_batch)
+
+
 def test_one_process_gathers_its_own() -> None:
     rows = torch.randn(2, 3)
-    assert gather(rows) is rows
+    gathered, first = gather(rows)
+    assert gathered is rows and first == 0
 
 
 # ------------------------------------------------------------------------------------------------- accuracy
@@ -128,7 +211,7 @@ def test_three_accuracies_of_the_same_scores() -> None:
     assert accuracy.rank(MARGINS, LABELS, PROMPTS).value == pytest.approx((2 / 3 + 0) / 2)
     # sigmoid(h) - sigmoid(-h): 0.762, -0.462, 0, 0.05, 0.905, -0.025
     without = accuracy.pickscore(MARGINS, LABELS, PROMPTS, 0.0)
-    assert without.value == pytest.approx((1 + 0 + 0 + 0.5 + 0.5 + 0) / 6)
+    assert without.value == pytest.approx((1 + 0 + 0.5 + 0.5 + 0.5 + 0) / 6)  # equal scores are a tie
     with_ties = accuracy.pickscore(MARGINS, LABELS, PROMPTS, 0.1)
     assert with_ties.value == pytest.approx((1 + 0 + 0.5 + 1 + 0.5 + 0.5) / 6)
     each = accuracy.pickscore(MARGINS, LABELS, PROMPTS, np.array([0.1, 0.1, 0.1, 0.0, 0.1, 0.0]))
@@ -138,9 +221,9 @@ def test_three_accuracies_of_the_same_scores() -> None:
 def test_the_threshold_is_the_one_with_most_right() -> None:
     assert accuracy.tie_threshold(MARGINS, np.ones(6)) == 0
     fits = accuracy.tie_threshold(MARGINS, LABELS)
-    tried = {k / 100: accuracy.pickscore(MARGINS, LABELS, PROMPTS, k / 100).value for k in range(101)}
-    assert tried[round(fits, 2)] == max(tried.values())
-    assert all(value < tried[round(fits, 2)] for threshold, value in tried.items() if threshold < fits - 1e-9)
+    tried = {k / 10: accuracy.pickscore(MARGINS, LABELS, PROMPTS, k / 10).value for k in range(11)}
+    assert tried[round(fits, 1)] == max(tried.values())
+    assert all(value < tried[round(fits, 1)] for threshold, value in tried.items() if threshold < fits - 1e-9)
 
 
 def test_intervals_keep_prompts_together() -> None:

@@ -12,7 +12,7 @@ import pytest
 from mmalign import method
 from mmalign.config import load, parse_section, shipped
 
-RECIPES = {name: path for name, path in shipped().items() if name.startswith(("diffusion/", "vlm/"))}
+RECIPES = {name: path for name, path in shipped().items() if name.startswith(("diffusion/", "vlm/", "evaluators/"))}
 
 
 def recipe_class(name: str) -> Any:
@@ -24,7 +24,8 @@ def test_a_recipe_loads_with_its_method_and_every_arm(name: str) -> None:
     package = name.partition("/")[0]
     config = load(recipe_class(name), name)
     assert config.package == package
-    arms = config.evaluation.arms.values() if config.evaluation else [()]
+    judged = getattr(config, "evaluation", None)
+    arms = judged.arms.values() if judged else [()]
     for changes in arms:
         arm = load(recipe_class(name), name, [*changes, "loop.output_dir=elsewhere"])
         parse_section(method.load(package, arm.method.name).Options, arm.method, "method")

@@ -20,6 +20,7 @@ from mmalign.announce import announce, forward_seconds
 from mmalign.cli import Parser, run_entry
 from mmalign.errors import UserError
 from mmalign.loop import Hooks, Loop, check_machine, processes
+from mmalign.memory import recompute_activations
 from mmalign.pairdata import read_pairs
 from mmalign.reference import AdaptersOff, Cached, FrozenCopy, Reference
 from vlm import adapters, weights
@@ -98,8 +99,7 @@ def assemble(
         original = copy.deepcopy(network) if needs_reference else None
         adapters.train_fully(network, model.family)
     if config.loop.gradient_checkpointing:
-        # transformers 5.23 renamed it
-        getattr(network, "activation_checkpointing_enable", network.gradient_checkpointing_enable)()
+        recompute_activations(network)
     loop = Loop(Policy(model), config.loop, config.optim)
     plain = plain_reference(loop, model, original)
     if config.reference.cache is None or not needs_reference:

@@ -9,6 +9,8 @@ Sources: PickScore, Kirstain et al. 2305.01569 and its code (trainer/criterions/
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Int, Shaped
@@ -53,49 +55,55 @@ def plackett_luce(
     return logits.logsumexp(-1) - scores
 
 
-def among_texts(
-    pictures: Float[Tensor, "pictures width"],
-    texts: Float[Tensor, "texts width"],
+def among(
+    queries: Float[Tensor, "queries width"],
+    others: Float[Tensor, "others width"],
     scale: Float[Tensor, ""],
-    owner: Int[Tensor, " pictures"],
-    same: Bool[Tensor, "texts texts"] | None = None,
-) -> Float[Tensor, " pictures"]:
-    """-log of the probability that a picture's own text is found among all texts of the batch (CLIP's loss, one way).
+    own: Int[Tensor, " queries"],
+    left_out: Bool[Tensor, "queries others"] | None = None,
+) -> Float[Tensor, " queries"]:
+    """-log of the probability that each query finds its own among all others, as in CLIP's loss.
 
     Args:
-        owner: which text is a picture's own.
-        same: pairs of texts that say the same, which are no negatives of one another; None: all are.
+        own: which of the others is a query's own.
+        left_out: others that are no negatives of a query, though they are not its own.
     """
-    logits = scale * pictures @ texts.T
-    if same is not None:
-        others = same.clone().fill_diagonal_(False)
-        logits = logits.masked_fill(others[owner], -torch.inf)
-    return functional.cross_entropy(logits, owner, reduction="none")
+    logits = scale * queries @ others.T
+    if left_out is not None:
+        logits = logits.masked_fill(left_out, -torch.inf)
+    return functional.cross_entropy(logits, own, reduction="none")
 
 
 class _Gather(torch.autograd.Function):
     """Rows of all processes; the gradient of a row comes back from every process that used it."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor) -> Tensor:
-        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, rows.contiguous())
-        return torch.cat(gathered)
+    def forward(ctx: Any, rows: Tensor, sizes: list[int]) -> Tensor:
+        ctx.sizes = sizes
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded)
+        return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         total = grads[0].contiguous()
         dist.all_reduce(total)
-        return total.chunk(dist.get_world_size())[dist.get_rank()]
+        return total.split(ctx.sizes)[dist.get_rank()], None
 
 
-def gather(rows: Shaped[Tensor, "rows width"]) -> Shaped[Tensor, "all width"]:
-    """Rows of all processes, in order of processes, with their gradients; the rows themselves where there is one.
+def gather(rows: Shaped[Tensor, "rows ..."]) -> tuple[Shaped[Tensor, "all ..."], int]:
+    """Rows of all processes, in order of processes and with their gradients, and where this process's begin.
 
     A loss that every process computes of the gathered rows comes back summed over processes, and gradients of
-    parameters are averaged over them: together the gradient of the loss of the whole batch.
+    parameters are averaged over them: together the gradient of the mean of the processes' losses. Processes may have
+    different numbers of rows.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return rows
-    gathered: Tensor = _Gather.apply(rows)
-    return gathered
+        return rows, 0
+    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    sizes = [int(count) for count in counts]
+    gathered: Tensor = _Gather.apply(rows, sizes)
+    return gathered, sum(sizes[: dist.get_rank()])

@@ -43,10 +43,12 @@ class Parts:
 
     Attributes:
         module: the model, prepared for training.
+        head: whether the model has one.
         mean_weight: see `PictureFeed.mean_weight`.
     """
 
     module: nn.Module
+    head: bool
     mean_weight: Callable[[bool], float]
 
     def score(self, batch: PictureBatch) -> Scores:
