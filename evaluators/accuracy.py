@@ -12,6 +12,7 @@ Sources: PickScore's eval_preference_predictor.py; HPSv2's train.py on HPDv2's t
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -66,6 +67,39 @@ def tie_threshold(margins: Values, confidence: Values) -> float:
         return 0.0
     tried = np.linspace(0, 1, THRESHOLDS)
     return float(tried[int(np.argmax([_with_ties(margins, confidence, one).mean() for one in tried]))])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Published:
+    """All three of the same margins.
+
+    Attributes:
+        threshold: of `pickscore`, the mean of those used.
+    """
+
+    strict: Share
+    rank: Share
+    pickscore: Share
+    threshold: float
+
+
+def published(margins: Values, confidence: Values, groups: Sequence[Hashable]) -> Published:
+    """Every definition, with thresholds by `fitted_thresholds`."""
+    thresholds = fitted_thresholds(margins, confidence, groups)
+    return Published(
+        strict=strict(margins, confidence, groups),
+        rank=rank(margins, confidence, groups),
+        pickscore=pickscore(margins, confidence, groups, thresholds),
+        threshold=float(thresholds.mean()),
+    )
+
+
+def fitted_thresholds(margins: Values, confidence: Values, groups: Sequence[Hashable]) -> Values:
+    """For each pair the threshold that fits the other half of the groups: no pair helps to choose its own."""
+    half = np.array([hashlib.sha256(str(group).encode()).digest()[0] % 2 for group in groups])
+    fits = np.array([tie_threshold(margins[half != side], confidence[half != side]) for side in (0, 1)])
+    chosen: Values = fits[half]
+    return chosen
 
 
 def _with_ties(margins: Values, confidence: Values, threshold: float | Values) -> Values:

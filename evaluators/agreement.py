@@ -3,18 +3,20 @@
     margin   = score(chosen) - score(rejected), or the difference of a tuned model's implicit rewards
     accuracy = share of pairs with margin > 0, margins of 0 half
 
-Pairs that cannot be judged are counted and left out. The interval keeps the pairs of one group together: of the named
-group, else of the same pictures asked about, else of the same prompt.
+Beside it stand the three published definitions of accuracy (`evaluators.accuracy`); PickScore's alone uses pairs that
+the labels call ties. Pairs that cannot be judged are counted and left out. The interval keeps the pairs of one group
+together: of the named group, else of the same pictures asked about, else of the same prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from evaluators.accuracy import TIE, Published, published
 from evaluators.scorer import Scorer, score_each
 from mmalign.errors import UserError
 from mmalign.media import Media
@@ -45,6 +47,7 @@ class Agreement:
     Attributes:
         margin_mean: over the pairs that were judged.
         ties: pairs with a margin of 0; failed: pairs left out.
+        published: the accuracies that papers report.
         margins: of all pairs in their order; None: left out.
     """
 
@@ -56,20 +59,22 @@ class Agreement:
     groups: int
     ties: int
     failed: int
+    published: Published
     margins: tuple[float | None, ...]
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, without the margins."""
-        return {
+        plain = {
             name: list(value) if isinstance(value, tuple) else value
             for name in ("judge", "accuracy", "ci95", "margin_mean", "pairs", "groups", "ties", "failed")
             for value in [getattr(self, name)]
         }
+        return {**plain, "published": asdict(self.published)}
 
 
 def groups_of(pairs: Sequence[Preference]) -> list[str]:
     """What must stay together: the group, else the pictures asked about, else the prompt; where all is one, pairs."""
-    named = [str(pair.context.get("group", _asked(pair.chosen))) for pair in pairs]
+    named = [str(pair.context.get("group", _asked(pair.a))) for pair in pairs]
     return named if len(set(named)) > 1 else [pair.item_id for pair in pairs]
 
 
@@ -83,20 +88,25 @@ def agreement(judge: str, margins: Sequence[float | None], pairs: Sequence[Prefe
     Args:
         margins: of the pairs, in their order; None for those that it could not judge, of which not all may be.
     """
-    kept = [(group, margin) for group, margin in zip(groups_of(pairs), margins, strict=True) if margin is not None]
-    groups = [group for group, _ in kept]
-    values = np.array([margin for _, margin in kept])
-    hits = np.heaviside(values, 0.5)
-    clusters = len(set(groups))
+    labels = [pair.ordered()[2] for pair in pairs]
+    rows = zip(groups_of(pairs), labels, margins, strict=True)
+    judged = [(group, label, margin) for group, label, margin in rows if margin is not None]
+    groups, values = [group for group, _, _ in judged], np.array([margin for _, _, margin in judged])
+    confidence = np.array([label for _, label, _ in judged])
+    sided = confidence != TIE
+    of_sided = [group for group, one in zip(groups, sided, strict=True) if one]
+    hits = np.heaviside(values[sided], 0.5)
+    clusters = len(set(of_sided))
     return Agreement(
         judge=judge,
         accuracy=float(hits.mean()),
-        ci95=share_interval(hits, groups) if clusters > 1 else None,
-        margin_mean=float(values.mean()),
-        pairs=len(kept),
+        ci95=share_interval(hits, of_sided) if clusters > 1 else None,
+        margin_mean=float(values[sided].mean()),
+        pairs=int(sided.sum()),
         groups=clusters,
-        ties=int((values == 0).sum()),
-        failed=len(pairs) - len(kept),
+        ties=int((values[sided] == 0).sum()),
+        failed=len(pairs) - len(judged),
+        published=published(values, confidence, groups),
         margins=tuple(margins),
     )
 
@@ -111,7 +121,7 @@ def scorer_agreement(name: str, scorer: Scorer, pairs: Sequence[Preference], *, 
     with Progress(len(pairs), f"score with {name}", unit="pair") as shown:
         for start in range(0, len(pairs), batch_size):
             some = pairs[start : start + batch_size]
-            sides = [side for pair in some for side in (pair.chosen, pair.rejected)]
+            sides = [side for pair in some for side in pair.ordered()[:2]]
             pictures = []
             for side in sides:
                 if not isinstance(side.response, Media):

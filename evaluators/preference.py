@@ -2,6 +2,7 @@
 
     mmalign eval preference runs/photos/dpo --store runs/photos/store --split heldout --scorer pickscore --scorer clip
     mmalign eval preference runs/povid/povid --store runs/povid/store --out ranked
+    mmalign eval preference --store pickapic --split test --scorer pickscore --ties        as in PickScore's table
 
 The implicit reward of a tuned model says how much better than its base it predicts a picture's noise, or how much
 likelier it finds an answer: a run's own package measures it (`diffusion.implicit`, `vlm.implicit`). How margins become
@@ -60,12 +61,22 @@ def markdown(found: Sequence[Agreement]) -> str:
         ]
         for one in found
     ]
+    others = [
+        [
+            one.judge,
+            str(one.published.strict),
+            str(one.published.rank),
+            f"{one.published.pickscore} (threshold {one.published.threshold:.2f})",
+        ]
+        for one in found
+    ]
     head = ["judge", "accuracy", "95 % interval", "mean margin", "ties", "pairs", "groups", "left out"]
     told = (
         "Accuracy: share of pairs with the chosen side ahead, ties counted half. Its interval keeps the pairs of a "
         "group (named, or of one picture, or of one prompt) together. A margin is in its judge's own unit."
     )
-    return f"{pipe_table(head, rows)}\n\n{told}"
+    definitions = ["as papers define it", "strict (ImageReward)", "mean over prompts (HPDv2)", "with ties (PickScore)"]
+    return f"{pipe_table(head, rows)}\n\n{told}\n\n{pipe_table(definitions, others)}"
 
 
 def lines(found: Sequence[Agreement], pairs: Sequence[Preference]) -> Iterator[str]:
@@ -101,6 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--store", type=Path, required=True, help="a preference store")
     parser.add_argument("--split", default="heldout", help="of the store (default: %(default)s)")
     parser.add_argument("--score", help="of the store, where pairs come from scores (default: the only one)")
+    parser.add_argument(
+        "--ties", action="store_true", help="ask scorers about pairs that labels call ties, which PickScore counts"
+    )
     parser.add_argument("--scorer", action="append", default=[], metavar="NAME[,option=value]", help="again for more")
     parser.add_argument(
         "--draws", type=int, default=10, help="(timestep, noise) draws a picture (default: %(default)s)"
@@ -114,12 +128,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--draws and --batch-size must be at least 1")
     if not said.runs and not said.scorer:
         raise UserError("there is nobody to ask", fix="Give the folder of a run, or --scorer NAME.")
+    if said.runs and said.ties:
+        raise UserError("runs are asked about pairs with a preferred side", place="--ties", fix="Ask scorers alone.")
 
     from evaluators.agreement import Effort, scorer_agreement
     from evaluators.scorefile import scorers_of
     from mmalign.pairdata import PairDataSettings, PairingSettings, read_pairs
 
-    settings = PairDataSettings(path=said.store, split=said.split, pairing=PairingSettings(score=said.score))
+    pairing = PairingSettings(score=said.score, ties="soft" if said.ties else "drop")
+    settings = PairDataSettings(path=said.store, split=said.split, pairing=pairing)
     pairs, note = read_pairs(settings, said.seed)
     effort = Effort(batch_size=said.batch_size, draws=said.draws, seed=said.seed)
     found = [one for run in said.runs for one in of_run(run, pairs, effort)]

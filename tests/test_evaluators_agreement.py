@@ -50,6 +50,19 @@ def test_pairs_of_one_prompt_are_a_cluster() -> None:
     assert scorer_agreement("red", Red(), pairs).groups == 2
 
 
+def test_published_accuracies_stand_beside() -> None:
+    from dataclasses import replace
+
+    pairs = [pair(0, 9, 1), pair(1, 2, 1), pair(2, 1, 9), pair(3, 5, 5), pair(4, -1, 5)]
+    tie = replace(pair(5, 40, 3), label="tie", confidence=0.5)
+    found = scorer_agreement("red", Red(), [*pairs, tie])
+    assert (found.accuracy, found.pairs, found.ties) == (2.5 / 4, 4, 1)  # without the labelled tie
+    assert found.published.strict.value == 2 / 4  # equal scores are wrong
+    assert found.published.rank.value == 3 / 4  # equal scores are right, a prompt a pair
+    assert found.published.pickscore.count == 5
+    assert found.as_json()["published"]["strict"]["value"] == 2 / 4
+
+
 def test_texts_and_broken_pictures_are_one_line() -> None:
     text = Preference(item_id="0", a=Side(prompt="a", response="x"), b=Side(prompt="a", response="y"), label="a")
     with pytest.raises(UserError, match="pairs are of texts"):
@@ -73,6 +86,10 @@ def test_the_command_asks_scorers(tmp_path: Path, capsys: pytest.CaptureFixture[
     rows = [json.loads(line) for line in (tmp_path / "out" / "pairs.jsonl").read_text().splitlines()]
     margins = [row["margins"][found["judge"]] for row in rows]
     assert len({row["group"] for row in rows}) == 3 and sum(margins) / 6 == pytest.approx(found["margin_mean"])
+    assert run_entry(main, [*words, "--ties"]) == 0
+    assert "with ties (PickScore)" in capsys.readouterr().out
+    assert run_entry(main, ["run", *words, "--ties"]) == 2
+    assert "Ask scorers alone" in capsys.readouterr().err
     assert run_entry(main, ["--store", str(store)]) == 2
     assert "nobody to ask" in capsys.readouterr().err
     assert run_entry(main, [*words[:2], "--split", "held", "--scorer", "shapes"]) == 2

@@ -202,12 +202,12 @@ def test_resuming_is_exact_wherever_a_run_was_cut(bench: Bench, tmp_path: Path) 
 
 def test_it_learns_and_says_how_well(taught: Path) -> None:
     said = json.loads((taught / "held_out.json").read_text())
-    assert said["after"]["strict"]["value"] > 0.9 > said["before"]["strict"]["value"]
+    assert said["after"]["accuracy"]["strict"]["value"] > 0.9 > said["before"]["accuracy"]["strict"]["value"]
     assert said["after"]["calibration"]["log_loss"] < said["before"]["calibration"]["log_loss"]
     assert said["after"]["allowed"] == 1
     looks = [line for line in lines(taught) if "held_out/accuracy" in line]
     assert [line["step"] for line in looks] == [20, 40, 60]
-    assert looks[-1]["held_out/accuracy"] == said["after"]["strict"]["value"]
+    assert looks[-1]["held_out/accuracy"] == said["after"]["accuracy"]["strict"]["value"]
 
 
 def test_it_loads_back_as_a_scorer(taught: Path, bench: Bench, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ with probability p agrees with him in max(p, 1 - p) of cases.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 
 from evaluators import accuracy
-from evaluators.accuracy import Share
+from evaluators.accuracy import Published
 from evaluators.calibration import Calibration, calibration
 from evaluators.training.data import Item, PictureFeed, items_of
 from evaluators.training.model import PreferenceModel
@@ -61,16 +60,13 @@ class Judgement:
 
     pairs: int
     allowed: float
-    strict: Share
-    rank: Share
-    pickscore: Share
-    tie_threshold: float
+    accuracy: Published
     calibration: Calibration
 
     def metrics(self) -> dict[str, float]:
         """For the log."""
         return {
-            "held_out/accuracy": self.strict.value,
+            "held_out/accuracy": self.accuracy.strict.value,
             "held_out/log_loss": self.calibration.log_loss,
             "held_out/ece": self.calibration.ece,
         }
@@ -79,17 +75,18 @@ class Judgement:
 def report(before: Judgement, after: Judgement, folder: Path) -> list[str]:
     """Lines for people; all numbers go to held_out.json."""
     write_json(folder / FILE, {"before": asdict(before), "after": asdict(after)})
+    old, new = before.accuracy, after.accuracy
     rows = [
-        ("accuracy, strict", str(before.strict), str(after.strict)),
-        ("accuracy, mean over prompts", str(before.rank), str(after.rank)),
-        ("accuracy with ties", str(before.pickscore), f"{after.pickscore}, threshold {after.tie_threshold:.2f}"),
+        ("accuracy, strict", str(old.strict), str(new.strict)),
+        ("accuracy, mean over prompts", str(old.rank), str(new.rank)),
+        ("accuracy with ties", str(old.pickscore), f"{new.pickscore}, threshold {new.threshold:.2f}"),
         ("log loss", f"{before.calibration.log_loss:.3f}", f"{after.calibration.log_loss:.3f}"),
         ("Brier", f"{before.calibration.brier:.3f}", f"{after.calibration.brier:.3f}"),
         ("ECE", f"{before.calibration.ece:.3f}", f"{after.calibration.ece:.3f}"),
         ("temperature", f"{before.calibration.temperature:.2f}", f"{after.calibration.temperature:.2f}"),
     ]
-    head = f"held out: {after.pairs} pairs of {after.rank.count} prompts; the labels allow {after.allowed:.3f}"
-    return [head, *(f"  {name:<28} {old:<22} -> {new}" for name, old, new in rows)]
+    head = f"held out: {after.pairs} pairs of {new.rank.count} prompts; the labels allow {after.allowed:.3f}"
+    return [head, *(f"  {name:<28} {was:<22} -> {now}" for name, was, now in rows)]
 
 
 @torch.no_grad()
@@ -105,21 +102,9 @@ def margins(model: PreferenceModel, feed: PictureFeed, held: HeldOut, device: to
 
 def judged(found: accuracy.Values, held: HeldOut) -> Judgement:
     """A scorer by its margins."""
-    thresholds = _thresholds(found, held)
     return Judgement(
         pairs=len(found),
         allowed=held.allowed,
-        strict=accuracy.strict(found, held.confidence, held.prompts),
-        rank=accuracy.rank(found, held.confidence, held.prompts),
-        pickscore=accuracy.pickscore(found, held.confidence, held.prompts, thresholds),
-        tie_threshold=float(thresholds.mean()),
+        accuracy=accuracy.published(found, held.confidence, held.prompts),
         calibration=calibration(found, held.confidence),
     )
-
-
-def _thresholds(found: accuracy.Values, held: HeldOut) -> accuracy.Values:
-    """For each pair the threshold that fits the other half of the prompts."""
-    half = np.array([hashlib.sha256(prompt.encode()).digest()[0] % 2 for prompt in held.prompts])
-    fits = [accuracy.tie_threshold(found[half != side], held.confidence[half != side]) for side in (0, 1)]
-    chosen: accuracy.Values = np.array(fits)[half]
-    return chosen
