@@ -1,4 +1,7 @@
-"""Prompt lists: a file as benchmarks publish theirs, or the captions of the embedded world.
+"""Prompt lists: a file as benchmarks publish theirs, the captions of the embedded world, or the list that comes along.
+
+composed      300 of our own about everyday things, fifty for each of GenEval's six tasks; `composed:counting` are those
+              of one. The file, promptlists/composed.jsonl, has what each demands in GenEval's form. Apache-2.0.
 
 .txt          a prompt a line
 .jsonl        an object a line with a `prompt`, `caption` or `text`: GenEval's evaluation_metadata.jsonl
@@ -21,20 +24,22 @@ from mmalign.errors import UserError, nearest
 from mmalign.shapes import scenes
 
 WORLD = {"shapes:train": "train", "shapes:heldout": "heldout"}
+COMPOSED, COMPOSED_FILE = "composed", Path(__file__).parent / "promptlists" / "composed.jsonl"
 FIELDS = ("prompt", "caption", "text")
 COLUMNS = (*FIELDS, "prompts")
 
 
 def is_list(source: str) -> bool:
     """Whether this names a list of prompts rather than being one prompt's text."""
-    return source in WORLD or source.endswith((".txt", *READERS))
+    return source in WORLD or _is_composed(source) or source.endswith((".txt", *READERS))
 
 
 def read_prompts(source: str, count: int | None = None, seed: int = 0) -> list[str]:
     """Different prompts from a source, in an order drawn by the seed when only `count` of them are wanted.
 
     Args:
-        source: `shapes:train`, `shapes:heldout`, or a file of the kinds above (of any other ending: a prompt a line).
+        source: `shapes:train`, `shapes:heldout`, `composed`, `composed:TASK`, or a file of the kinds above (of any other
+            ending: a prompt a line).
         count: how many; null for all.
         seed: which ones.
 
@@ -44,6 +49,8 @@ def read_prompts(source: str, count: int | None = None, seed: int = 0) -> list[s
     if source in WORLD:
         split = WORLD[source]
         every = [scene.caption for scene in scenes.every_scene() if scene.split == split]
+    elif _is_composed(source):
+        every = _composed(source.partition(":")[2])
     else:
         every = _read(Path(source))
     if count is None:
@@ -54,9 +61,21 @@ def read_prompts(source: str, count: int | None = None, seed: int = 0) -> list[s
     return [every[index] for index in order[:count]]
 
 
+def _is_composed(source: str) -> bool:
+    return source == COMPOSED or source.startswith(f"{COMPOSED}:")
+
+
+def _composed(task: str) -> list[str]:
+    rows = [json.loads(line) for line in COMPOSED_FILE.read_text(encoding="utf-8").splitlines()]
+    tasks = list(dict.fromkeys(row["tag"] for row in rows))
+    if task and task not in tasks:
+        raise UserError(f"the list '{COMPOSED}' has no task '{task}'", fix=nearest(task, tasks))
+    return [row["prompt"] for row in rows if task in ("", row["tag"])]
+
+
 def _read(path: Path) -> list[str]:
     if not path.suffix and not path.exists():
-        raise UserError(f"no prompt list '{path}'", fix=f"{nearest(str(path), WORLD)} Or give a file.")
+        raise UserError(f"no prompt list '{path}'", fix=f"{nearest(str(path), [*WORLD, COMPOSED])} Or give a file.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from mmalign.errors import UserError
-from mmalign.prompts import is_list, read_prompts
+from mmalign.prompts import COMPOSED_FILE, is_list, read_prompts
 from mmalign.shapes import scenes
 
 
@@ -89,7 +90,30 @@ def test_the_wrong_line_is_named(tmp_path: Path, name: str, text: str, message: 
 def test_sources_that_do_not_exist(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read prompts: .*No such file"):
         read_prompts(str(tmp_path / "none.txt"))
-    with pytest.raises(UserError, match=r"no prompt list 'parti'\. Known: shapes:heldout, .* Or give a file\."):
+    with pytest.raises(UserError, match=r"no prompt list 'parti'\. Known: composed, .* Or give a file\."):
         read_prompts("parti")
     with pytest.raises(UserError, match=r"no prompt list 'shapes:trian'\. Did you mean 'shapes:train'\?"):
         read_prompts("shapes:trian")
+
+
+def test_the_bundled_list_is_what_genevals_rules_read(tmp_path: Path) -> None:
+    from evaluators.geneval import read_pictures
+
+    rows = [json.loads(line) for line in COMPOSED_FILE.read_text(encoding="utf-8").splitlines()]
+    every = read_prompts("composed")
+    assert len(set(every)) == len(every) == 300 and every == [row["prompt"] for row in rows]
+    counting = read_prompts("composed:counting")
+    assert (
+        len(counting) == 50 and set(counting) < set(every) and read_prompts("composed:counting", 5, 1) != counting[:5]
+    )
+    assert is_list("composed") and is_list("composed:colors") and not is_list("composed by nobody")
+    file = tmp_path / "detections.jsonl"
+    file.write_text("".join(json.dumps({**row, "detections": []}) + "\n" for row in rows))
+    pictures = list(read_pictures(file))
+    assert len(pictures) == 300 and {picture.tag for picture in pictures} == {row["tag"] for row in rows}
+    for picture in pictures:
+        for wanted in picture.include:
+            assert wanted.name.split()[-1][:2] in picture.prompt  # "knives", "mice": the beginning at least
+            assert wanted.color is None or wanted.color in picture.prompt
+    with pytest.raises(UserError, match=r"no task 'countin'.*counting"):
+        read_prompts("composed:countin")
