@@ -38,8 +38,8 @@ def read_prompts(source: str, count: int | None = None, seed: int = 0) -> list[s
     """Different prompts from a source, in an order drawn by the seed when only `count` of them are wanted.
 
     Args:
-        source: `shapes:train`, `shapes:heldout`, `composed`, `composed:TASK`, or a file of the kinds above (of any other
-            ending: a prompt a line).
+        source: `shapes:train`, `shapes:heldout`, `composed`, `composed:TASK`, or a file of the kinds above (of any
+            other ending: a prompt a line).
         count: how many; null for all.
         seed: which ones.
 
