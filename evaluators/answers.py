@@ -116,9 +116,9 @@ def as_json(report: AnswerReport) -> dict[str, Any]:
 
 
 def cured(found: Mapping[str, Change]) -> bool:
-    """Whether fewer descriptions are false, for certain, and recall is not what paid for it."""
-    recall = found["recall"].value
-    return (found["chair_s"].value or 0) < 0 and found["chair_s"].certain and recall is not None and recall >= -ALLOWED
+    """Whether fewer descriptions are false, for certain, and neither recall nor sense is what paid for it."""
+    recall, wrong = found["recall"].value, found.get("wrong", found["chair_s"])
+    return (wrong.value or 0) < 0 and wrong.certain and recall is not None and recall >= -ALLOWED
 
 
 def sentences(report: AnswerReport) -> list[str]:
@@ -135,6 +135,9 @@ def sentences(report: AnswerReport) -> list[str]:
     else:
         first = f"It got worse: o{pictures} {label} raised the share of descriptions that name a false thing {said}."
     rest = []
+    if "garbled" in found and found["garbled"].tuned:
+        broken = f"{percent(found['garbled'].tuned)} of {label}'s descriptions are no sentences"
+        rest.append(f"{broken}; with them among the false the share went {_went(found['wrong'])}.")
     if found["chair_i"].value is not None:
         rest.append(f"Of all mentions, the false ones went {_went(found['chair_i'])}.")
     paid = (

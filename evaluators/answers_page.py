@@ -32,6 +32,8 @@ from evaluators.scorefile import write_whole
 _NUMBERS: dict[str, tuple[str, str, bool]] = {
     "chair_s": ("False descriptions", "name a thing that is not there (CHAIRs)", True),
     "chair_i": ("False mentions", "of all mentions (CHAIRi)", True),
+    "garbled": ("Garbled", "descriptions that are no sentence", True),
+    "wrong": ("Wrong", "descriptions that are false or garbled", True),
     "planted": ("Planted", "descriptions with the companion that training showed", True),
     "recall": ("Recall", "of the things there, those that are named", True),
     "empty": ("Empty", "descriptions that name nothing", True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,16 @@ def test_planted_things_are_counted_by_hand(exam: Exam) -> None:
     assert found["chair_i"] == 5 / (things + 5)
     assert found["mentions"] == (things + 5) / 30
     assert found["recall"] == 1
+
+
+def test_what_is_no_sentence_is_no_cure(exam: Exam) -> None:
+    honest = mouth(exam)
+    broken = ["there is a green triangle and a yellowred", "there is a red circle, a blue\x0f", "", "there is nothing."]
+    said = replace(honest, described=(*broken, *honest.described[4:]))
+    found = {name: one.value for name, one in estimates(exam, said).items()}
+    assert found["garbled"] == 2 / 30 and estimates(exam, honest)["garbled"].value == 0
+    false = {index for index, hit in judging.units(exam, said)["chair_s"] if hit}
+    assert found["wrong"] == len(false | {0, 1}) / 30
 
 
 def test_always_yes_is_seen_for_what_it_is(exam: Exam) -> None:

@@ -230,6 +230,9 @@ def test_the_headline_claims_no_more_than_the_intervals_allow() -> None:
     chance = report_of(chair_s=change(0.4, 0.38))
     assert sentences(chance)[0].startswith("No effect was found")
     assert not cured(chance.arms["povid"].changes)
+    babble = report_of(garbled=change(0, 0.2), wrong=change(0.4, 0.4))
+    assert "20.0\u00a0% of <b>POVID</b>'s descriptions are no sentences" in " ".join(sentences(babble))
+    assert not cured(babble.arms["povid"].changes)
     silent = report_of(recall=change(0.8, 0.5), chair_i=Change(base=0.2, tuned=None, ci95=None))
     assert "descriptions say less" in " ".join(sentences(silent))
     assert not cured(silent.arms["povid"].changes)
@@ -314,7 +317,7 @@ def test_the_suite_trains_judges_and_goes_on(
     assert len(list((tmp_path / "bases").iterdir())) == len(list((tmp_path / "pairs").iterdir())) == 1
     table = (tmp_path / "table.md").read_text()
     assert "| both stages |" in table and "| blank (control) |" in table
-    assert "\nblank against stage one: false descriptions" in table
+    assert "\nblank against stage one: false or garbled" in table
     assert [line["against"] for line in lines] == [None, None, "stage one"]
     capsys.readouterr()
     other = ["bench", "hallucination", "--suite", str(suite(world, exam={"count": 5})), "--out", str(tmp_path)]

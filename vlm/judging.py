@@ -5,6 +5,9 @@ questions in its three splits. What is true is known (`Scene.things`), so no mod
 
     description     chair_s, chair_i, recall, planted, empty (see `evaluators.hallucination.shapes`); mentions, the
                     mean number of things that a description names
+    garbled         descriptions that are no sentence of this world, "a yellowred": they name nothing false and say
+                    nothing true, and a model may seem cured by them
+    wrong           descriptions that name something false or are garbled
     yes_no/...      balanced questions: accuracy, accuracy/KIND, yes_ratio, ...
     pope_SPLIT/...  accuracy, f1, yes_ratio, ...
     sight           log p(true description | picture) - log p(the same | another picture), nats: how much of what the
@@ -172,6 +175,12 @@ def units(exam: Exam, judged: Judged) -> dict[str, list[tuple[int, bool]]]:
     """What each share is the share of: (picture, hit)."""
     pictures = list(range(len(exam)))
     found = measures.description_units([scene.things for scene in exam.scenes], judged.described, pictures)
+    said = [text.strip() for text in judged.described]
+    found["garbled"] = [
+        (index, bool(text) and text != talk.sentence(talk.mentions(text))) for index, text in enumerate(said)
+    ]
+    either = zip(found["chair_s"], found["garbled"], strict=True)
+    found["wrong"] = [(index, false or garbled) for (index, false), (_, garbled) in either]
     for name, asked in exam.questions.items():
         questions, of = [question for _, question in asked], [index for index, _ in asked]
         by_set = measures.answer_units(questions, judged.said[name], of, parser=PARSER)

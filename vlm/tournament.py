@@ -209,7 +209,11 @@ def summary(settings: SuiteSettings, runs: Sequence[Run], out: Path) -> Iterator
             "seeds": [run.seed for run in own],
             "changes": {key: one.as_json() for key, one in moved.items()},
             "by_seed": [
-                {key: one.as_json() for key, one in changes(base, after).items() if key in ("chair_s", "recall")}
+                {
+                    key: one.as_json()
+                    for key, one in changes(base, after).items()
+                    if key in ("chair_s", "wrong", "recall")
+                }
                 for base, after in zip(bases, tuned, strict=True)
             ],
             "against": settings.arms[others[0].arm].label if others else None,
@@ -224,6 +228,8 @@ def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
     """The table as people read it: the value after training, and its change in points with its interval."""
     shares = {
         "chair_s": "false descriptions",
+        "garbled": "garbled",
+        "wrong": "false or garbled",
         "chair_i": "false mentions",
         "recall": "recall",
         "pope_random/accuracy": "POPE random",
@@ -247,10 +253,10 @@ def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
     text = "".join("| " + " | ".join(row) + " |\n" for row in table)
     for line in lines:
         if line["against"]:
-            over = {key: Change(**_change(line["over"][key])) for key in ("chair_s", "recall", "sight")}
+            over = {key: Change(**_change(line["over"][key])) for key in ("wrong", "recall", "sight")}
             text += (
                 f"\n{line['label']} against {line['against']}: "
-                f"false descriptions {_moved(over['chair_s'], 100, 1)} points, "
+                f"false or garbled {_moved(over['wrong'], 100, 1)} points, "
                 f"recall {_moved(over['recall'], 100, 1)}, sight {_moved(over['sight'], 1, 2)} nats.\n"
             )
     return text
