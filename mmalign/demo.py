@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmalign.cli import Parser, resolve
-from mmalign.config import find, shipped
 from mmalign.errors import UserError, nearest
 from mmalign.launch import package_of
+from mmalign.recipes import find, shipped
 
 DEFAULT = "diffusion/dpo_shapes"
 STAGES = {"diffusion": "diffusion.stages:demo", "vlm": "vlm.stages:demo"}

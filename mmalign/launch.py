@@ -13,10 +13,9 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from mmalign import yamltext
 from mmalign.cli import Parser, resolve
-from mmalign.config import find, shipped
 from mmalign.errors import UserError, nearest
+from mmalign.recipes import find, shipped
 
 TRAINERS = {"diffusion": "diffusion.train:main", "vlm": "vlm.train:main", "evaluators": "evaluators.train:main"}
 
@@ -39,6 +38,8 @@ def preset(name: str) -> Path:
 
 def _mapping(path: Path, what: str) -> tuple[dict[str, object], dict[str, str]]:
     """The keys of a YAML file, and where each stands."""
+    from mmalign import yamltext
+
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -58,7 +59,7 @@ def package_of(recipe: Path) -> str:
     if "package" in content:
         hint = nearest(str(package), TRAINERS)
         raise UserError(f"unknown package '{package}'", place=places["package"], fix=hint)
-    hint = "Add 'package: diffusion' or 'package: vlm'."
+    hint = f"Add the key 'package', one of {', '.join(TRAINERS)}."
     raise UserError("cannot tell what this recipe trains", place=str(recipe), fix=hint)
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from mmalign import __version__, cli, launch
 from mmalign.errors import UserError
+from mmalign.evaluation import KINDS
 
 ROOT = Path(__file__).parent.parent
 MMALIGN = [sys.executable, "-m", "mmalign"]
@@ -67,6 +68,19 @@ def test_every_verb_has_a_help_page(verb: str, capsys: pytest.CaptureFixture[str
         cli.resolve(cli.VERBS[verb].target)(["--help"])
     assert leaving.value.code == 0
     assert capsys.readouterr().out.startswith(f"usage: mmalign {verb}")
+
+
+HEAVY = {"torch", "numpy", "pydantic", "yaml", "transformers", "diffusers", "PIL", "pyarrow", "gradio", "scipy"}
+
+
+@pytest.mark.parametrize("words", [*([verb] for verb in cli.VERBS), *(["eval", kind] for kind in KINDS)], ids=" ".join)
+def test_a_help_page_needs_nothing_that_takes_time(words: list[str]) -> None:
+    """Under 0.3 s on an idle machine; what is imported is what takes it, and does not depend on the machine."""
+    code = f"import sys; from mmalign.cli import main; sys.exit(main({[*words, '--help']!r}))"
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: mmalign {words[0]}")
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "mmalign" in imported and not imported & HEAVY
 
 
 # ------------------------------------------------------------------------------------------ how it ends
@@ -214,7 +228,10 @@ def test_the_folder_says_which_trainer_when_the_recipe_does_not(tmp_path: Path) 
         (b"package: difusion\n", "unknown package 'difusion' ({path}:1). Did you mean 'diffusion'?"),
         (b"a: 1\nb: [\n", "not valid YAML: expected the node content, but found '<stream end>' ({path}:3)"),
         (b"- a\n- b\n", "a recipe is a mapping of keys to values ({path})"),
-        (b"method: dpo\n", "cannot tell what this recipe trains ({path}). Add 'package: diffusion' or"),
+        (
+            b"method: dpo\n",
+            "cannot tell what this recipe trains ({path}). Add the key 'package', one of diffusion, vlm, ev",
+        ),
         (b"\xff\xfe\x00", "cannot read the recipe: 'utf-8' codec can't decode"),
     ],
 )

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
-from mmalign import config, yamltext
+from mmalign import recipes, yamltext
 from mmalign.config import (
     LoopSettings,
     NamedSection,
@@ -262,24 +262,24 @@ def test_a_recipe_is_found_by_path_or_short_name(tmp_path: Path, monkeypatch: py
     installed = tmp_path / "site-packages" / "mmalign"
     (installed / "configs" / "diffusion").mkdir(parents=True)
     (installed / "configs" / "diffusion" / "dpo_shapes.yaml").write_text(RECIPE)
-    monkeypatch.setattr(config, "__file__", str(installed / "config.py"))
+    monkeypatch.setattr(recipes, "__file__", str(installed / "recipes.py"))
     monkeypatch.chdir(tmp_path)  # in a checkout, configs/... is a path as well
     for name in ("diffusion/dpo_shapes", "diffusion/dpo_shapes.yaml", "configs/diffusion/dpo_shapes.yaml"):
-        assert config.find(name) == installed / "configs" / "diffusion" / "dpo_shapes.yaml"
+        assert recipes.find(name) == installed / "configs" / "diffusion" / "dpo_shapes.yaml"
     for name in ("dpo_shapes", "diffusion/dpo_shape", "vlm/dpo_shapes"):
         with pytest.raises(UserError, match=r"no recipe '.*'\. Did you mean 'diffusion/dpo_shapes'\?"):
-            config.find(name)
+            recipes.find(name)
     with pytest.raises(UserError, match="no recipe"):
-        config.find("../config")
+        recipes.find("../config")
 
 
 def test_a_checkout_finds_the_recipes_beside_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "configs" / "vlm").mkdir(parents=True)
     (tmp_path / "configs" / "vlm" / "povid.yaml").write_text(RECIPE)
-    monkeypatch.setattr(config, "__file__", str(tmp_path / "mmalign" / "config.py"))
-    assert config.shipped() == {}  # some other project's folder, unless our pyproject.toml stands there
+    monkeypatch.setattr(recipes, "__file__", str(tmp_path / "mmalign" / "recipes.py"))
+    assert recipes.shipped() == {}  # some other project's folder, unless our pyproject.toml stands there
     (tmp_path / "pyproject.toml").touch()
-    assert config.shipped() == {"vlm/povid": tmp_path / "configs" / "vlm" / "povid.yaml"}
+    assert recipes.shipped() == {"vlm/povid": tmp_path / "configs" / "vlm" / "povid.yaml"}
 
 
 def test_suggestions_prefer_the_same_section() -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from mmalign import method
-from mmalign.config import load, parse_section, shipped
+from mmalign.config import load, parse_section
+from mmalign.recipes import shipped
 
 RECIPES = {name: path for name, path in shipped().items() if name.startswith(("diffusion/", "vlm/", "evaluators/"))}
 
