@@ -60,9 +60,9 @@ def made(talk: Talk, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
     return make
 
 
-def adapted(scale: float) -> Callable[[VisionLanguageModel], None]:
+def adapted(scale: float, dropout: float = 0.0) -> Callable[[VisionLanguageModel], None]:
     def change(model: VisionLanguageModel) -> None:
-        add_lora(model.network, model.family, VlmLoraSettings(rank=2, projector=True))
+        add_lora(model.network, model.family, VlmLoraSettings(rank=2, projector=True, dropout=dropout))
         generator = torch.Generator().manual_seed(1)
         for name, parameter in model.network.named_parameters():
             if ".lora_B." in name:
@@ -137,6 +137,13 @@ def test_brute_force(
         assert one["accuracy"] == sum(margin > 0 for margin in expected) / 5
         assert one["margin_mean"] == pytest.approx(sum(expected) / 5, abs=1e-5)
     assert json.loads((tmp_path / "out" / "preference.json").read_text())["judges"] == found
+
+
+def test_what_is_judged_is_without_dropout(
+    talk: Talk, made: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_it, without = (ask(capsys, made("run", adapted(0.5, rate)), "--store", talk.store) for rate in (0.5, 0.0))
+    assert [one["margin_mean"] for one in with_it] == [one["margin_mean"] for one in without]
 
 
 def test_training_shows(talk: Talk, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

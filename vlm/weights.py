@@ -127,6 +127,7 @@ def open_weights(model: VisionLanguageModel, folder: Path) -> None:
         if ".lora_" in name:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(False)
+    model.network.eval()  # as it was opened: an adapter's new layers begin in training mode, with its dropout
     load_weights(model, folder)
 
 
