@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from mmalign.preferences import Store
 from mmalign.records import Candidate, Record, Vote
 from vlm import weights
 from vlm.adapters import add_lora, train_fully
+from vlm.batch import Row
 from vlm.conversations import Conversation, conversations
 from vlm.models import VisionLanguageModel, open_model
 from vlm.settings import VlmLoraSettings, VlmModelSettings
@@ -144,6 +146,22 @@ def test_what_is_judged_is_without_dropout(
 ) -> None:
     with_it, without = (ask(capsys, made("run", adapted(0.5, rate)), "--store", talk.store) for rate in (0.5, 0.0))
     assert [one["margin_mean"] for one in with_it] == [one["margin_mean"] for one in without]
+
+
+def test_pictures_of_a_batch_are_held_at_a_time(
+    talk: Talk, made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encode, made_so_far, alive = VisionLanguageModel.encode, [], []
+
+    def counted(model: VisionLanguageModel, side: Conversation) -> Row:
+        row = encode(model, side)
+        made_so_far.append(weakref.ref(row.ids))
+        alive.append(sum(ids() is not None for ids in made_so_far))
+        return row
+
+    monkeypatch.setattr(VisionLanguageModel, "encode", counted)
+    ask(capsys, made("run", adapted(0.5)), "--store", talk.store, "--batch-size", 2)
+    assert len(alive) == 2 * 5 and max(alive) == 2 * 2
 
 
 def test_training_shows(talk: Talk, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,6 @@ from vlm.adapters import adapters_disabled, lora_layers
 from vlm.batch import Row
 from vlm.conversations import conversations
 from vlm.models import Policy, TooLongError, VisionLanguageModel
-from vlm.packing import Answers
 from vlm.recipe import TrainConfig
 from vlm.scores import averaged
 from vlm.tuned import Tuned, find_tuned, open_base, open_tuned
@@ -43,22 +42,22 @@ def agreements(run: Path, pairs: Sequence[Preference], effort: Effort) -> list[A
     """
     tuned = find_tuned(run)
     model, reference = opened(tuned, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    rows = [_rows(model, pair) for pair in progress(pairs, "look at pairs", unit="pair")]
-    kept = [index for index, both in enumerate(rows) if both is not None]
-    if not kept:
+    beta, found = beta_of(tuned.config), []
+    starts = range(0, len(pairs), effort.batch_size)
+    for start in progress(starts, "implicit rewards", unit="batch"):
+        found += margins(model, reference, pairs[start : start + effort.batch_size])
+    if all(both is None for both in found):
         raise UserError(
             f"all {len(pairs)} pairs are longer than the model's {model.max_tokens} tokens",
             place=str(run),
             fix="Judge shorter ones; the run's model.max_tokens is its limit",
         )
-    read = [both for both in rows if both is not None]
-    rewards = beta_of(tuned.config) * margins(model, reference, read, batch_size=effort.batch_size)
-    found = []
-    for name, values in zip(("sum over tokens", "mean per token"), rewards.tolist(), strict=True):
-        of_pairs = dict(zip(kept, values, strict=True))
-        every = [of_pairs.get(index) for index in range(len(pairs))]
-        found.append(agreement(f"{run} (implicit reward, {name})", every, pairs))
-    return found
+    return [
+        agreement(
+            f"{run} (implicit reward, {name})", [None if both is None else beta * both[kind] for both in found], pairs
+        )
+        for kind, name in enumerate(("sum over tokens", "mean per token"))
+    ]
 
 
 def opened(tuned: Tuned, device: torch.device) -> tuple[VisionLanguageModel, Reference]:
@@ -77,28 +76,32 @@ def beta_of(config: TrainConfig) -> float:
 
 
 def margins(
-    model: VisionLanguageModel, reference: Reference, rows: Sequence[tuple[Row, Row]], *, batch_size: int
-) -> Float[Tensor, "2 pairs"]:
+    model: VisionLanguageModel, reference: Reference, pairs: Sequence[Preference]
+) -> list[tuple[float, float] | None]:
     """Differences of log-ratios, chosen minus rejected, without beta: of sums, and of means over tokens.
 
     Images are encoded by policy and base each for itself, because what is tuned may be the projector too.
+
+    Args:
+        pairs: read and scored in one forward; None for those with a side that is too long.
     """
-    policy, found = Policy(model), []
-    starts = range(0, len(rows), batch_size)
-    for start in progress(starts, "implicit rewards", unit="batch"):
-        some = rows[start : start + batch_size]
-        answers = model.answers([side for both in some for side in both]).to(model.device)
+    rows = [_rows(model, pair) for pair in pairs]
+    read = [side for both in rows if both is not None for side in both]
+    if not read:
+        return [None] * len(rows)
+    answers = model.answers(read).to(model.device)
 
-        def sums(module: nn.Module, answers: Answers = answers) -> Tensor:
-            tokens: Tensor = module(answers)
-            return tokens[0].sum(1).view(-1, 2).T
+    def sums(module: nn.Module) -> Float[Tensor, "sides pairs"]:
+        tokens: Tensor = module(answers)
+        return tokens[0].sum(1).view(-1, 2).T
 
-        with torch.no_grad():
-            ratios = sums(policy) - reference.run(sums)
-        counts = answers.completion.sum(1).view(-1, 2).T
-        kinds = torch.stack([ratios, averaged(ratios, counts)])
-        found.append((kinds[:, 0] - kinds[:, 1]).cpu())
-    return torch.cat(found, dim=1)
+    with torch.no_grad():
+        ratios = sums(Policy(model)) - reference.run(sums)
+    counts = answers.completion.sum(1).view(-1, 2).T
+    kinds = torch.stack([ratios, averaged(ratios, counts)])
+    by_sum, by_mean = (kinds[:, 0] - kinds[:, 1]).tolist()
+    found = zip(by_sum, by_mean, strict=True)
+    return [None if both is None else next(found) for both in rows]
 
 
 def _rows(model: VisionLanguageModel, pair: Preference) -> tuple[Row, Row] | None:
