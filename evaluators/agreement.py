@@ -87,13 +87,20 @@ def agreement(judge: str, margins: Sequence[float | None], pairs: Sequence[Prefe
 
     Args:
         margins: of the pairs, in their order; None for those that it could not judge, of which not all may be.
+
+    Raises:
+        UserError: a margin is not a finite number, or no label of a pair that could be judged takes a side.
     """
     labels = [pair.ordered()[2] for pair in pairs]
     rows = zip(groups_of(pairs), labels, margins, strict=True)
     judged = [(group, label, margin) for group, label, margin in rows if margin is not None]
     groups, values = [group for group, _, _ in judged], np.array([margin for _, _, margin in judged])
     confidence = np.array([label for _, label, _ in judged])
+    if broken := int((~np.isfinite(values)).sum()):
+        raise UserError(f"{broken} of {len(values)} margins are no finite numbers", place=judge)
     sided = confidence != TIE
+    if not sided.any():
+        raise UserError(f"all {len(sided)} pairs that could be judged are ties by their labels", place=judge)
     of_sided = [group for group, one in zip(groups, sided, strict=True) if one]
     hits = np.heaviside(values[sided], 0.5)
     clusters = len(set(of_sided))

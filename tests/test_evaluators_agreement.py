@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from tiny_runs import write_store
 
-from evaluators.agreement import scorer_agreement
+from evaluators.agreement import agreement, scorer_agreement
 from evaluators.preference import main
 from mmalign.cli import run_entry
 from mmalign.errors import UserError
@@ -69,6 +69,17 @@ def test_texts_and_broken_pictures_are_one_line() -> None:
         scorer_agreement("red", Red(), [text])
     with pytest.raises(UserError, match="could score no pair"):
         scorer_agreement("red", Red(), [pair(0, -1, -1)])
+
+
+def test_what_has_no_accuracy_is_one_line() -> None:
+    from dataclasses import replace
+
+    pairs = [pair(0, 9, 1), pair(1, 9, 1)]
+    with pytest.raises(UserError, match=r"1 of 2 margins are no finite numbers \(a run\)"):
+        agreement("a run", [1.0, float("nan")], pairs)
+    ties = [replace(one, label="tie", confidence=0.5) for one in pairs]
+    with pytest.raises(UserError, match=r"all 2 pairs that could be judged are ties by their labels \(red"):
+        scorer_agreement("red", Red(), ties)
 
 
 def test_the_command_asks_scorers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
