@@ -85,6 +85,10 @@ def _read(path: Path) -> list[str]:
         prompt, place = found.strip(), f"{path}:{number}"
         if not prompt:
             raise UserError("empty prompt", place=place, fix="Remove it.")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:  # a lone surrogate, which JSON can carry and no file of ours can
+            raise UserError(f"not valid Unicode: {error.reason}", place=place, fix="Correct it.") from error
         if prompt in prompts:
             raise UserError(f"the prompt of {path.name}:{prompts[prompt]} again", place=place)
         prompts[prompt] = number
@@ -97,11 +101,11 @@ def _read(path: Path) -> list[str]:
 
 
 def _lines(text: str, path: Path) -> Iterator[tuple[int, str]]:
-    yield from enumerate(text.splitlines(), start=1)
+    yield from enumerate(io.StringIO(text), start=1)  # of line ends alone: U+2028 may stand in a prompt
 
 
 def _json_lines(text: str, path: Path) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in _lines(text, path):
         yield number, _said(_json(line, f"{path}:{number}"), f"{path}:{number}")
 
 
@@ -134,7 +138,7 @@ READERS = {".jsonl": _json_lines, ".json": _json_list, ".tsv": _table, ".csv": _
 def _json(text: str, place: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"not JSON: {error}", place=place) from error
 
 

@@ -22,6 +22,8 @@ def test_text_and_json_lines_are_read_in_their_order(tmp_path: Path) -> None:
     assert read_prompts(text) == ["a fox", "ein Fuchs", "лиса"]
     rows = write(tmp_path, "a.jsonl", '{"prompt": "one"}\n{"caption": "two", "id": 2}\n{"text": " three "}\n')
     assert read_prompts(rows) == ["one", "two", "three"]
+    rows = write(tmp_path, "b.jsonl", '{"prompt": "one\u2028more"}\r\n{"prompt": "two\x85"}')
+    assert read_prompts(rows) == ["one\u2028more", "two"]
 
 
 def test_lists_are_read_as_benchmarks_publish_them(tmp_path: Path) -> None:
@@ -71,6 +73,8 @@ def test_the_embedded_world_splits_without_overlap() -> None:
         ("a.json", '["fox", {"words": "hare"}]', r"a row needs a text field .*\(.*a.json:2\)"),
         ("a.json", '{"prompt": "fox"}', r"expected a list of prompts \(.*a.json\)"),
         ("a.json", '["fox"', r"not JSON: .*\(.*a.json\)"),
+        ("a.json", "[" * 100_000, r"not JSON: .*recursion.*\(.*a.json\)"),
+        ("a.json", '["fox", "\\ud800"]', r"not valid Unicode: surrogates not allowed \(.*a.json:2\)"),
         (
             "a.tsv",
             "Name\tCategory\nfox\tAnimals\n",
