@@ -12,9 +12,9 @@ at least `agreement` tokens common to both belongs to a phrase. Words that only 
 thing in a list, are a phrase of that answer.
 
 Where this differs from the authors' code (pritamqu/RRPO): for LLaVA-Video their data marks the phrases; for VideoChat2
-theirs aligns tokens too, with an agreement of 3, but drops phrases that only one answer has, and in answers of 200
-tokens and more lets frequent tokens align with nothing. Which phrase belongs to which makes no difference: only their
-sum enters.
+theirs aligns tokens too, with an agreement of 1 as here, but drops phrases that only one answer has, and in answers of
+200 tokens and more lets frequent tokens align with nothing. Which phrase belongs to which makes no difference: only
+their sum enters.
 
 The reference's distributions are made anew in every update: numbers of the vocabulary's size per token are not cached.
 """
