@@ -214,7 +214,7 @@ def test_controls_change_what_they_say(talk: Talk, tmp_path: Path) -> None:
     assert plain["logps/chosen"] != shuffled["logps/chosen"]
 
 
-def test_strengthsthat_do_not_fit_are_refused_in_one_line(talk: Talk, tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_refused_in_one_line(talk: Talk, tmp_path: Path) -> None:
     from tiny_vlms import write
 
     from vlm.models import open_model
