@@ -95,13 +95,26 @@ def kind_of(path: str) -> str:
     return "run" if place.exists() and trained and not (place / "model_index.json").is_file() else "pipeline"
 
 
+def require_base(paths: Sequence[str], base: str | None) -> None:
+    """Refuse models without anything to compare them with.
+
+    Raises:
+        UserError: no base is named, and none of the models is a run, which has one.
+    """
+    if base is None and "run" not in map(kind_of, paths):
+        raise UserError("there is nothing to compare with", fix="Give --base PATH, or the folder of a run.")
+
+
 def line_up(
     paths: Sequence[str], base: str | None, names: Sequence[str] | None, scheduler: str | None
 ) -> dict[str, Contestant]:
     """The base first, then every model, by name.
 
+    Args:
+        base: a pipeline; None for the base of the first run (`require_base`).
+
     Raises:
-        UserError: there is no base, or two models have one name.
+        UserError: two models have one name, or one that cannot name a folder.
     """
     kinds = [kind_of(path) for path in paths]
     names = list(names) if names else _names(paths)
@@ -422,8 +435,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     fix="Bring back the model that was evaluated.",
                 )
     else:
-        if said.base is None and "run" not in map(kind_of, said.models):
-            raise UserError("there is nothing to compare with", fix="Give --base PATH, or the folder of a run.")
+        require_base(said.models, said.base)
         planned = plan(said)
         models = line_up(said.models, said.base, said.names, planned.protocol.scheduler)
     if len(models) < 2:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.cli import Parser
+from mmalign.errors import UserError
 
 if TYPE_CHECKING:
     from diffusion.models import DiffusionModel
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`mmalign arena live MODEL ... --prompts TEXT|FILE --out FOLDER`."""
+    from diffusion.evaluation import require_base
     from diffusion.sample import add_sampling, check_least
     from evaluators.arena.command import add_page, hold, opened
 
@@ -35,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_page(parser)
     said = parser.parse_args(argv)
     check_least(said)
+    require_base(said.models, said.base)
+    votes: Path = said.votes or said.out / "votes.sqlite"
+    if not said.out.resolve().is_relative_to(votes.parent.resolve()):
+        raise UserError(f"{said.out} is not below the folder of the votes", place="--votes", fix="Leave --votes out.")
 
     from diffusion.sampling import gather_prompts
     from evaluators.arena.live import Live
@@ -43,7 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     with opened(said) as bound:
         prompts = gather_prompts(said.prompts, said.count, said.seed)
         live = Live(said.out, painters(said), [(prompt, said.seed + n) for n, prompt in enumerate(prompts)])
-        votes = said.votes or said.out / "votes.sqlite"
         sources = Sources(root=votes.parent.resolve(), folders=live.folders)
         with live:
             hold(bound, sources, votes, said, live)

@@ -63,11 +63,14 @@ def test_mistakes_are_one_line_before_a_model_is_opened(tmp_path: Path) -> None:
     for more, message in (
         (["--steps", "0"], "--steps must be at least 1"),
         (["--host", "0.0.0.0"], "needs a password"),
+        (["--votes", str(tmp_path / "elsewhere" / "votes.sqlite")], "not below the folder of the votes"),
         (["--port", "0", "--prompts", "missing.txt"], "cannot read prompts"),
         (["--port", "0"], "no such folder"),
     ):
         with pytest.raises(UserError, match=message):
             main([*words, *more])
+    with pytest.raises(UserError, match="nothing to compare with"):
+        main(["live", "nowhere", *words[4:]])
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
