@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
 from tiny_live import Gate, sources, wait
 
-from evaluators.arena.live import AHEAD, Live, Unit
+from evaluators.arena.live import AHEAD, Live, Unit, _append
 from evaluators.arena.server import Arena
 from evaluators.arena.trials import read_programme
 from mmalign.errors import UserError
@@ -125,12 +126,46 @@ def test_ending_does_not_wait_for_the_rest(tmp_path: Path) -> None:
 def test_pictures_of_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
     with Live(tmp_path, Gate().painters(), UNITS[:1]):
         pass
-    with pytest.raises(UserError, match=r"pictures of another model or of other settings \(.*base"):
-        Live(tmp_path, Gate().painters(steps=5), UNITS)
+    with (
+        pytest.raises(UserError, match=r"pictures of another model or of other settings \(.*base"),
+        Live(tmp_path, Gate().painters(steps=5), UNITS),
+    ):
+        pass
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").touch()
-    with pytest.raises(UserError, match=r"not drawn here \(.*other\)"):
-        Live(tmp_path, Gate().painters(("base", "other")), UNITS)
-    (tmp_path / "base" / "index.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match="of another model"):
-        Live(tmp_path, Gate().painters(), UNITS)
+    with (
+        pytest.raises(UserError, match=r"not drawn here \(.*other\)"),
+        Live(tmp_path, Gate().painters(("base", "other")), UNITS),
+    ):
+        pass
+    for line in ("{}\n", "7\n", "[]\n", "{\n"):
+        (tmp_path / "base" / "index.jsonl").write_text(line)
+        with pytest.raises(UserError, match="of another model"), Live(tmp_path, Gate().painters(), UNITS):
+            pass
+
+
+def test_two_servers_do_not_draw_into_one_folder(tmp_path: Path) -> None:
+    with Live(tmp_path, Gate().painters(), UNITS[:2]) as live:
+        with (
+            pytest.raises(UserError, match=r"another server draws into this folder \(.*\)\. Vote there\."),
+            Live(tmp_path, Gate().painters(), UNITS[:2]),
+        ):
+            pass
+        wait(lambda: not live.drawing)
+    with Live(tmp_path, Gate().painters(), UNITS[:2]) as live:  # the first one has ended
+        assert not live.drawing
+
+
+def test_a_line_is_whole_or_not_there_when_the_disk_is_full(tmp_path: Path) -> None:
+    index = tmp_path / "index.jsonl"
+    index.write_text("first\n")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (index.stat().st_size + 3, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write: No space left"):
+            _append(index, "second\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert index.read_text() == "first\n"
+    _append(index, "secönd\n")
+    assert index.read_text("utf-8") == "first\nsecönd\n"

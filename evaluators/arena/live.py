@@ -7,26 +7,30 @@ replays and imports know no difference, and what was drawn before is not drawn a
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
+import os
 import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from evaluators.arena.trials import INDEX
 from mmalign.errors import UserError
 from mmalign.pictures import save
-from mmalign.records import Problem
 from mmalign.sources import rows_of
 
 AHEAD = 8  # pairs that nobody has looked at yet, before drawing pauses
+LOCK = ".drawing.lock"
 
 Unit = tuple[str, int]  # a prompt and the seed of its noise
 
@@ -52,29 +56,37 @@ class Live:
     Args:
         root: the folder of the painters' folders.
         units: what to draw, in this order.
-
-    Raises:
-        UserError: a folder has pictures of another model or of other settings, or cannot be written.
     """
 
     def __init__(self, root: Path, painters: Sequence[Painter], units: Sequence[Unit]) -> None:
         self.root, self.painters = root, tuple(painters)
         self.folders = tuple(root / painter.name for painter in painters)
-        self._drawn = {painter.name: _begun(root / painter.name, painter) for painter in painters}
-        every = set.intersection(*self._drawn.values())
-        self._left, self._count = deque(unit for unit in units if unit not in every), len(every)
+        self._drawn: dict[str, set[Unit]] = {}
+        self._left, self._count = deque(units), 0
         self._looked_at = 0
         self._trouble: str | None = None
         self._stopped = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="drawing")
+        self._alone = contextlib.ExitStack()
 
     def __enter__(self) -> Live:
-        """Draw the first unit, so that there is something to show and a fault is seen at once; then go on beside."""
-        if not self._count and self._left:
-            print("drawing the first pair", file=sys.stderr, flush=True)
-            self._draw(self._left[0])
-            self._next()
+        """Draw the first unit, so that there is something to show and a fault is seen at once; then go on beside.
+
+        Raises:
+            UserError: a folder has pictures of another model or of other settings, or cannot be written; or somebody
+                else draws into it.
+        """
+        with contextlib.ExitStack() as alone:
+            alone.enter_context(_held(self.root))
+            self._drawn = {painter.name: _begun(self.root / painter.name, painter) for painter in self.painters}
+            every = set.intersection(*self._drawn.values())
+            self._left, self._count = deque(unit for unit in self._left if unit not in every), len(every)
+            if not self._count and self._left:
+                print("drawing the first pair", file=sys.stderr, flush=True)
+                self._draw(self._left[0])
+                self._next()
+            self._alone = alone.pop_all()
         self._thread.start()
         return self
 
@@ -83,6 +95,7 @@ class Live:
             self._stopped = True
             self._changed.notify_all()
         self._thread.join()  # for as long as the picture at hand takes
+        self._alone.close()
 
     @property
     def total(self) -> int:
@@ -150,12 +163,38 @@ class Live:
             file = f"{len(drawn):05d}.png"
             save(painter.draw(prompt, seed), folder / file)
             row = {"file": file, "prompt": prompt, "seed": seed, **painter.about}
-            try:
-                with open(folder / INDEX, "a", encoding="utf-8") as index:
-                    index.write(json.dumps(row, ensure_ascii=False) + "\n")
-            except OSError as error:
-                raise UserError(f"cannot write: {error.strerror}", place=str(folder / INDEX)) from error
+            _append(folder / INDEX, json.dumps(row, ensure_ascii=False) + "\n")
             drawn.add(unit)
+
+
+@contextlib.contextmanager
+def _held(root: Path) -> Iterator[None]:
+    """The right to draw into a folder, for one process at a time; a killed one loses it."""
+    lock = FileLock(root / LOCK, timeout=0)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise UserError("another server draws into this folder", place=str(root), fix="Vote there.") from error
+    except OSError as error:
+        raise UserError(f"cannot be used: {error.strerror}", place=str(root)) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _append(index: Path, line: str) -> None:
+    """Add a line that is whole or not there: a part of one would make the others unreadable while people vote."""
+    data = line.encode()
+    try:
+        with open(index, "ab", buffering=0) as file:
+            before = file.tell()
+            if file.write(data) < len(data):
+                file.truncate(before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise UserError(f"cannot write: {error.strerror}", place=str(index), fix="Free some space.") from error
 
 
 def _begun(folder: Path, painter: Painter) -> set[Unit]:
@@ -175,7 +214,7 @@ def _begun(folder: Path, painter: Painter) -> set[Unit]:
     except OSError as error:
         raise UserError(f"cannot be used: {error.strerror}", place=str(folder)) from error
     for row in rows:
-        same = not isinstance(row, Problem) and {name: row.get(name) for name in painter.about} == painter.about
+        same = isinstance(row, Mapping) and {name: row.get(name) for name in painter.about} == painter.about
         if not same or not isinstance(row.get("prompt"), str) or not isinstance(row.get("seed"), int):
             raise UserError(
                 "has pictures of another model or of other settings", place=str(index), fix="Give a new folder."
