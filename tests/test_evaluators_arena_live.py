@@ -169,3 +169,16 @@ def test_a_line_is_whole_or_not_there_when_the_disk_is_full(tmp_path: Path) -> N
     assert index.read_text() == "first\n"
     _append(index, "secönd\n")
     assert index.read_text("utf-8") == "first\nsecönd\n"
+
+
+def test_votes_on_other_models_in_the_same_file_do_not_make_it_hurry(tmp_path: Path) -> None:
+    with Live(tmp_path, Gate().painters(("base", "dpo")), UNITS) as live, arena_of(live) as arena:
+        for _ in UNITS:
+            arena.next("Ada")
+            wait(lambda: arena.next("Ada")["pair"] is not None)
+            arena.vote("Ada", arena.next("Ada")["pair"]["token"], "left", 5)
+    with Live(tmp_path, Gate().painters(("base", "kto")), UNITS) as live, arena_of(live) as arena:
+        arena.next("Ada")
+        wait(lambda: pairs(live) == AHEAD + 1)
+        live._thread.join(0.2)
+        assert pairs(live) == AHEAD + 1 < len(UNITS) and live.drawing

@@ -73,7 +73,8 @@ class Arena:
             with self._lock:
                 found = self._give(name)
             if self.live is not None:
-                self.live.looked_at(self.store.looked_at())
+                # of its own: the file of the votes may know pairs of other models too
+                self.live.looked_at(len(self.store.looked_at() & self._known.keys()))
             if found is None:
                 return {"pair": None, **self._state(name), "drawing": drawing}
             shown, trial = found

@@ -182,9 +182,9 @@ class VoteStore:
         """Trials that were shown to a rater, the latest first."""
         return [shown.trial for shown in self._shown("rater = ? ORDER BY at DESC", (rater,))]
 
-    def looked_at(self) -> int:
-        """How many trials were shown to anybody."""
-        return int(self._read("SELECT count(DISTINCT trial) FROM shown")[0][0])
+    def looked_at(self) -> set[str]:
+        """Trials that were shown to anybody."""
+        return {trial for (trial,) in self._read("SELECT DISTINCT trial FROM shown")}
 
     def _shown(self, where: str, values: tuple[Any, ...]) -> list[Shown]:
         rows = self._read(f"SELECT token, trial, rater, left FROM shown WHERE {where}", values)
