@@ -329,3 +329,28 @@ def test_who_waits_for_a_pair_sees_that_it_is_drawn_and_why_there_are_no_more(tm
         with contextlib.closing(sqlite3.connect(folder / "votes.sqlite")) as connection:
             assert connection.execute("SELECT answer FROM votes ORDER BY vote").fetchall() == [("left",), ("tie",)]
         assert second != token and browser.console == []
+
+
+@needs_browser
+def test_who_leaves_while_waiting_is_at_the_door(tmp_path: Path) -> None:
+    program = str(Path(__file__).with_name("tiny_live.py"))
+    leave = (  # while the page asks whether the pair is there
+        f"new Promise(left => {{ const at = {ROOM}, again = setInterval(() => {{ "
+        "if (!at.classList.contains('busy')) return; clearInterval(again); "
+        "document.querySelector('[data-act=leave]').click(); left(true); }, 1); })"
+    )
+    idle = f"!{ROOM}.classList.contains('busy')"
+    with serving(tmp_path / "live", program=(program,)) as server, Browser() as browser:
+        ada = Voter(browser, server, "Ada")
+        ada.enter()
+        browser.wait("document.activeElement === document.body")  # no longer where the name was written
+        browser.press("1")
+        browser.wait(f"{ROOM}.dataset.mode === 'drawing'")
+        assert browser.run(leave)
+        browser.wait(idle)
+        door = "!document.querySelector('.door').hidden && document.querySelector('.room').hidden"
+        assert browser.run(f"new Promise(done => setTimeout(() => done({door}), 1500))")
+        browser.write("Ben")
+        browser.press("Enter")
+        assert browser.wait(f"{ROOM}.dataset.mode === 'voting'")
+        assert "Voting as Ben" in browser.run("document.querySelector('.who').textContent")

@@ -19,10 +19,12 @@ async function ask(name, more = {}) {
   if (busy) return;
   busy = true;
   element.classList.add("busy");
+  const who = rater;
   let reply;
   try { reply = await server[name]({ rater, ...more }); } catch { reply = undefined; }
   busy = false;
   element.classList.remove("busy");
+  if (rater !== who) return undefined; // who asked has left
   if (reply === undefined || reply === null) return lost();
   if (reply.error) { say(reply.error); return undefined; }
   say("");
@@ -294,6 +296,7 @@ function door() {
   clearTimeout(waiting);
   find(".room").hidden = true;
   find(".door").hidden = false;
+  find("[name=rater]").value = "";
   find("[name=rater]").focus();
 }
 if (props.named || rater) enter(rater); else door();
