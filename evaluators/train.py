@@ -7,6 +7,7 @@ mmalign score pictures/ --scorer trained,path=runs/scorer
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -43,17 +44,21 @@ def train(config: TrainConfig) -> int:
     if config.loop.gradient_checkpointing:
         recompute_activations(model.clip)
     model.to(processes().device)
-    main = processes().is_main_process
     held = HeldOut.of(held_pairs) if held_pairs else None
-    feed = PictureFeed(config, pairs, held.items if held else (), model.preprocess, model.tokens, main=main)
+    feed = PictureFeed(config, pairs, held.items if held else (), model.preprocess, model.tokens)
+    ties = any(pair.label == "tie" for pair in pairs)
+    del pairs, held_pairs  # a million are gigabytes, and the feed has what it needs of them
     loop = Loop(model, config.loop, config.optim)
     parts = Parts(module=loop.module, head=model.head is not None, mean_weight=feed.mean_weight)
     method = module.build(options, parts)
 
     def judge() -> Judgement | None:
-        if held is None or not main:
+        if held is None:
             return None
-        with loop.undisturbed():
+        average: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if loop.average is not None:  # it is what becomes the scorer
+            average = loop.average.swapped_in(loop.parameters)
+        with loop.undisturbed(), average:
             return judged(margins(model, feed, held, loop.accelerator.device), held)
 
     def forward() -> None:
@@ -84,14 +89,14 @@ def train(config: TrainConfig) -> int:
     before = judge()
     code = loop.run(method, config.method.name, feed.source(loop), hooks)
     after = judge() if code == 0 else None
-    if before is not None and after is not None:
+    if before is not None and after is not None and loop.accelerator.is_main_process:
         print("\n".join(report(before, after, config.loop.output_dir)), flush=True)
     loop.accelerator.wait_for_everyone()
     return code
 
 
 def watch(config: TrainConfig, loop: Loop, judge: Callable[[], Judgement | None]) -> Callable[[int], str | None] | None:
-    """What looks at held-out pairs during training and says when it is time to end."""
+    """What looks at held-out pairs during training, on all processes, and on the first says when it is time to end."""
     held = config.held_out
     if held is None or not held.every:
         return None
@@ -99,11 +104,11 @@ def watch(config: TrainConfig, loop: Loop, judge: Callable[[], Judgement | None]
     def look(step: int) -> str | None:
         if step == 0 or step % held.every:
             return None
+        found = judge()
+        if found is None or not loop.accelerator.is_main_process:
+            return None
         losses = _log_losses(config.loop.output_dir / METRICS)
         if step not in losses:  # a resumed run begins where it has looked already
-            found = judge()
-            if found is None:
-                return None
             loop.tracker.log(step, found.metrics())
             losses[step] = found.calibration.log_loss
         best = min(losses, key=lambda at: losses[at])

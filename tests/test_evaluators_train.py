@@ -6,7 +6,9 @@ import gc
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,11 +19,16 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from tiny_runs import contents, lines, merged, newest, run_jobs, weights
 from tiny_scorers import write_clip
+from torch import Tensor
 
 from evaluators import scorer as scorers
+from evaluators.calibration import log_loss
 from evaluators.recipe import TrainConfig
 from evaluators.train import main
-from evaluators.training.data import divided
+from evaluators.training import heldout
+from evaluators.training.data import PictureFeed, divided, items_of
+from evaluators.training.heldout import HeldOut, margins
+from evaluators.training.model import PreferenceModel
 from mmalign import config as configuration
 from mmalign.errors import UserError
 from mmalign.media import Media
@@ -163,13 +170,18 @@ def test_two_processes_equal_one(bench: Bench, tmp_path: Path) -> None:
     }
     one, two = [], []
     for name, method in methods.items():
-        one.append(bench.recipe(tmp_path / f"{name}-1", method=method, loop={"batch_size": 4}))
-        two.append(bench.recipe(tmp_path / f"{name}-2", method=method, loop={"batch_size": 2}))
+        held = {"share": 0.3, "every": 2}
+        one.append(bench.recipe(tmp_path / f"{name}-1", method=method, held_out=held, loop={"batch_size": 4}))
+        two.append(bench.recipe(tmp_path / f"{name}-2", method=method, held_out=held, loop={"batch_size": 2}))
     assert all(code == 0 for code, _ in run_jobs([{"package": "evaluators", "recipe": str(r)} for r in one], tmp_path))
     done = run_jobs([{"package": "evaluators", "recipe": str(r)} for r in two], tmp_path, processes=2)
     assert all(code == 0 for code, _ in done)
     for name in methods:
         assert_close(tmp_path / f"{name}-1", tmp_path / f"{name}-2")
+        looks = [
+            [row["held_out/log_loss"] for row in lines(tmp_path / f"{name}-{n}") if "loss" not in row] for n in "12"
+        ]
+        assert looks[0] == pytest.approx(looks[1], rel=1e-4) and len(looks[0]) == 1
 
 
 def test_resuming_is_exact_wherever_a_run_was_cut(bench: Bench, tmp_path: Path) -> None:
@@ -235,8 +247,6 @@ def test_it_loads_back_as_a_scorer(taught: Path, bench: Bench, tmp_path: Path) -
 
 
 def test_training_scores_what_the_scorer_scores(bench: Bench, taught: Path) -> None:
-    from evaluators.training.model import PreferenceModel
-
     config = bench.config(taught.parent / "same")
     model = PreferenceModel(config.model)
     model.load(newest(taught) / "model")
@@ -264,6 +274,57 @@ def test_only_what_is_asked_for_is_trained(bench: Bench, tmp_path: Path) -> None
     assert any(name.startswith("vision_model.encoder.layers.1.") for name in changed)
 
 
+def test_what_is_judged_is_what_becomes_the_scorer(bench: Bench, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"held_out": {"share": 0.4}, "optim": {"lr": 1e-2, "ema_decay": 0.9}}
+    assert bench.train(tmp_path / "run", **changes) == 0
+    held = HeldOut.of(divided(bench.config(tmp_path / "run", **changes))[1])
+    trained = scorers.load("trained", {"path": str(tmp_path / "run")})
+    found = []
+    for item in held.items:
+        rows = trained.score_images([item.prompt] * len(item.pictures), [one.open() for one in item.pictures])
+        found += [rows[i]["trained"] - rows[j]["trained"] for i, j in item.pairs]
+    said = json.loads((tmp_path / "run/held_out.json").read_text())["after"]["calibration"]["log_loss"]
+    assert said == pytest.approx(log_loss(np.array(found), held.confidence), abs=1e-6)
+
+
+def test_processes_share_what_is_held_out(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = bench.config(tmp_path / "a", held_out={"share": 0.5}, data={"pairing": {"ties": "soft"}})
+    kept, judged, _ = divided(config)
+    held, model = HeldOut.of(judged), PreferenceModel(config.model)
+    feed = PictureFeed(config, kept, held.items, model.preprocess, model.tokens)
+    whole = margins(model, feed, held, torch.device("cpu"))
+
+    monkeypatch.setattr(heldout, "BATCH", 3)
+    sizes: list[int] = []
+    plain = model.forward
+
+    def forward(tokens: Tensor, pixels: Tensor, owner: Tensor) -> Any:
+        sizes.append(len(pixels))
+        return plain(tokens, pixels, owner)
+
+    monkeypatch.setattr(model, "forward", forward)
+    ranks: list[Any] = []
+    for rank in (0, 1):
+        here = SimpleNamespace(process_index=rank, num_processes=2, is_main_process=rank == 0)
+        monkeypatch.setattr(heldout, "processes", lambda here=here: here)
+        monkeypatch.setattr(heldout, "gather_object", lambda found: (ranks.extend(found), [*ranks, *found][:2])[1])
+        shared = margins(model, feed, held, torch.device("cpu"))
+    np.testing.assert_allclose(shared, whole, atol=1e-5)
+    assert sum(sizes) == sum(len(item.pictures) for item in held.items) and max(sizes) == 3
+    assert abs(len(ranks[0]) - len(ranks[1])) <= 1
+
+
+def test_weights_are_means_over_the_data(bench: Bench, tmp_path: Path) -> None:
+    kept, _, _ = divided(bench.config(tmp_path / "a"))
+    for kind in ("pairs", "prompts"):
+        config = bench.config(tmp_path / "a", data={"items": kind})
+        model = PreferenceModel(config.model)
+        feed = PictureFeed(config, kept, (), model.preprocess, model.tokens)
+        every = feed.batch(items_of(kept, config.data.items), torch.device("cpu"))
+        assert feed.mean_weight(True) == pytest.approx((1 / every.counts).sum().item() / feed.size)
+        assert feed.mean_weight(False) == pytest.approx(len(every.counts) / feed.size)
+
+
 def test_patience_ends_a_run(bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     held = {"share": 0.4, "every": 1, "patience": 1}
     shuffled = {"shuffle_labels": True}
@@ -284,7 +345,6 @@ def test_no_prompt_is_on_both_sides(bench: Bench, tmp_path: Path) -> None:
 
 
 def test_labels_are_drawn_as_a_rater_would(bench: Bench, tmp_path: Path) -> None:
-    from evaluators.training.heldout import HeldOut
     from mmalign.pairdata import PairDataSettings, PairingSettings, read_pairs
 
     store = write_taste(tmp_path / "store", [f"a picture of {number} things" for number in range(300)])

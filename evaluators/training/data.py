@@ -22,7 +22,7 @@ from evaluators.recipe import HeldOutSettings, TrainConfig
 from mmalign import config as configuration
 from mmalign.ahead import ahead
 from mmalign.errors import UserError
-from mmalign.loop import Loop
+from mmalign.loop import Loop, processes
 from mmalign.media import Media
 from mmalign.order import Order, Pick, share
 from mmalign.pairdata import read_pairs
@@ -31,6 +31,7 @@ from mmalign.randomness import key_seed
 from mmalign.records import Preference
 
 READERS = 8  # threads that decode pictures: Pillow lets go of the interpreter while it does
+WAITING = 1024  # pictures that are given to them at once
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,13 +161,13 @@ def _item(group: Sequence[Preference]) -> Item:
 class PictureFeed:
     """Items, read by several threads a little before they are needed.
 
-    Every picture is decoded once before training, so that a broken one is found before hours are spent.
+    Every picture is decoded once before training, each by one of the processes, so that a broken one is found before
+    hours are spent.
 
     Args:
         pairs: to train on.
         held: other items that will be asked for.
         preprocess, tokens: what pictures and texts are read by.
-        main: whether this process shows how far it is.
 
     Attributes:
         key: of the data: equal keys mean equal batches for equal seeds.
@@ -184,18 +185,13 @@ class PictureFeed:
         held: Sequence[Item],
         preprocess: Preprocess,
         tokens: Callable[[list[str]], Tensor],
-        *,
-        main: bool = True,
     ) -> None:
         self._config, self._preprocess, self._tokens = config, preprocess, tokens
         self._items = items_of(pairs, config.data.items)
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="pictures")
         self.counts = Counter(pair.a.prompt for pair in pairs)
         self.size = len(self._items)
-        pictures = {picture.sha256(): picture for item in [*self._items, *held] for picture in item.pictures}
-        with Progress(len(pictures), "look at pictures", unit="picture", enabled=main) as bar:
-            for _ in self._pool.map(lambda picture: picture.open().size, pictures.values()):
-                bar.update(1)
+        self._look([*self._items, *held])
         self.key = configuration.digest(
             {
                 "items": [
@@ -205,10 +201,19 @@ class PictureFeed:
             }
         )
 
+    def _look(self, items: Sequence[Item]) -> None:
+        here = processes()
+        every = {picture.sha256(): picture for item in items for picture in item.pictures}
+        own = list(every.values())[here.process_index :: here.num_processes]
+        with Progress(len(own), "look at pictures", unit="picture", enabled=here.is_main_process) as bar:
+            for start in range(0, len(own), WAITING):
+                for _ in self._pool.map(lambda picture: picture.open().size, own[start : start + WAITING]):
+                    bar.update(1)
+
     def mean_weight(self, prompt_weights: bool) -> float:
         """What weights of pairs sum to in an item, on average over the data; see the module's docstring."""
-        total = sum(1 / self.counts[item.prompt] if prompt_weights else 1.0 for item in self._items for _ in item.pairs)
-        return total / self.size
+        # n pairs of a prompt weigh 1 / n each: the sum counts prompts. It is asked for in every forward
+        return (len(self.counts) if prompt_weights else self.counts.total()) / self.size
 
     def source(self, loop: Loop) -> Callable[[int], Iterator[PictureBatch]]:
         """A function from an update's number to this process's batches from there on."""
@@ -254,7 +259,7 @@ class PictureFeed:
             tokens=self._tokens([item.prompt for item in items]).to(device),
             pixels=torch.stack(pixels).to(device),
             owner=torch.tensor(owner, device=device),
-            pairs=torch.tensor(pairs, device=device),
+            pairs=torch.tensor(pairs, dtype=torch.long, device=device).reshape(-1, 2),
             confidence=torch.tensor([c for item in items for c in item.confidence], device=device),
             gap=None if None in gaps else torch.tensor(gaps, device=device),
             counts=torch.tensor([float(self.counts[item.prompt]) for item in items for _ in item.pairs], device=device),

@@ -6,12 +6,15 @@ with probability p agrees with him in max(p, 1 - p) of cases.
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 
 from evaluators import accuracy
 from evaluators.accuracy import Published
@@ -19,12 +22,14 @@ from evaluators.calibration import Calibration, calibration
 from evaluators.training.data import Item, PictureFeed, items_of
 from evaluators.training.model import PreferenceModel
 from mmalign.apart import write_json
+from mmalign.loop import processes
+from mmalign.media import Media
 from mmalign.pairdata import best_agreement
 from mmalign.progress import progress
 from mmalign.records import Preference
 
 FILE = "held_out.json"
-BATCH = 32  # prompts embedded at once
+BATCH = 64  # pictures embedded at once, however many a prompt has
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,13 +96,36 @@ def report(before: Judgement, after: Judgement, folder: Path) -> list[str]:
 
 @torch.no_grad()
 def margins(model: PreferenceModel, feed: PictureFeed, held: HeldOut, device: torch.device) -> accuracy.Values:
-    """Of each pair the score of the preferred picture minus that of the other."""
-    found: list[float] = []
-    for start in progress(range(0, len(held.items), BATCH), "held out", unit="batch"):
-        batch = feed.batch(held.items[start : start + BATCH], device)
-        scores = model(batch.tokens, batch.pixels, batch.owner)[0]
-        found += (scores[batch.pairs[:, 0]] - scores[batch.pairs[:, 1]]).tolist()
-    return np.array(found)
+    """Of each pair the score of the preferred picture minus that of the other.
+
+    Processes share the work: all of them must come here, and all get all margins.
+    """
+    here = processes()
+    pictures = [(item.prompt, picture) for item in held.items for picture in item.pictures]
+    batches = [pictures[start : start + BATCH] for start in range(0, len(pictures), BATCH)]
+    own = batches[here.process_index :: here.num_processes]
+    found = [
+        _scores(model, feed, batch, device)
+        for batch in progress(own, "held out", unit="batch", enabled=here.is_main_process)
+    ]
+    ranks = [found] if here.num_processes == 1 else gather_object([found])
+    taken = (ranks[index % here.num_processes][index // here.num_processes] for index in range(len(batches)))
+    scores = itertools.chain.from_iterable(taken)
+    of_items = [(item, list(itertools.islice(scores, len(item.pictures)))) for item in held.items]
+    return np.array([of[i] - of[j] for item, of in of_items for i, j in item.pairs])
+
+
+def _scores(
+    model: PreferenceModel, feed: PictureFeed, pictures: Sequence[tuple[str, Media]], device: torch.device
+) -> list[float]:
+    """Of pictures for their prompts; those of a prompt stand side by side and share its text."""
+    parts = [
+        Item(prompt=prompt, pictures=tuple(picture for _, picture in part), pairs=(), confidence=(), gaps=())
+        for prompt, part in itertools.groupby(pictures, operator.itemgetter(0))
+    ]
+    batch = feed.batch(parts, device)
+    scores: list[float] = model(batch.tokens, batch.pixels, batch.owner)[0].tolist()
+    return scores
 
 
 def judged(found: accuracy.Values, held: HeldOut) -> Judgement:
