@@ -49,7 +49,7 @@ def train(config: TrainConfig) -> int:
     ties = any(pair.label == "tie" for pair in pairs)
     del pairs, held_pairs  # a million are gigabytes, and the feed has what it needs of them
     loop = Loop(model, config.loop, config.optim)
-    parts = Parts(module=loop.module, head=model.head is not None, mean_weight=feed.mean_weight)
+    parts = Parts(module=loop.module, head=model.head is not None, ties=ties, mean_weight=feed.mean_weight)
     method = module.build(options, parts)
 
     def judge() -> Judgement | None:

@@ -565,6 +565,19 @@ def weighted_sum(spec: Mapping[str, object], *, place: str = "loss") -> PairLoss
     return lambda terms: torch.stack([part(terms) for part in parts]).sum(0)
 
 
+def fair_to_ties(loss: PairLoss) -> bool:
+    """Whether a tie, whose gap is 0 and whose confidence 1/2, costs the same whichever of its sides is named first.
+
+    Other losses would take it for a win of that side.
+    """
+
+    def cost(side: int) -> Tensor:
+        values = {"margin": side, "confidence": 0.5, "gap": 0, "chosen_errors": 2 + side, "longer": side}
+        return loss(PairTerms(scale=1.0, **{name: torch.full((1,), float(value)) for name, value in values.items()}))
+
+    return torch.allclose(cost(1), cost(-1))
+
+
 def _part(name: str, given: object, place: str) -> PairLoss | None:
     """One summand with its weight and settings filled in; None if its weight is 0."""
     if name not in PAIR_LOSSES:

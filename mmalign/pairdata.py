@@ -5,16 +5,17 @@ Imports nothing heavy before pairs are read.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from mmalign.config import Settings
 from mmalign.errors import UserError
-from mmalign.pairing import Pairing, PairingSummary, Strategy, Ties, make_pairs
-from mmalign.records import Preference
+from mmalign.pairing import Pairing, PairingSummary, Strategy, make_pairs
+from mmalign.records import Label, Preference
 
 
 class PairingSettings(Settings):
@@ -27,7 +28,9 @@ class PairingSettings(Settings):
     score: str | None = Field(default=None, description="the score to compare by; null: the only one there is")
     min_gap: float = Field(default=0.0, ge=0, description="pairs with a smaller difference are left out")
     max_gap: float | None = Field(default=None, description="pairs with a larger one are left out")
-    ties: Ties = Field(default="drop", description="drop, or soft: a coin flip for losses with soft labels")
+    ties: Literal["drop", "soft"] = Field(
+        default="drop", description="drop, or soft: a coin flip for losses with soft labels"
+    )
     spread: float | None = Field(
         default=None,
         gt=0,
@@ -69,7 +72,6 @@ def read_pairs(settings: PairDataSettings, seed: int) -> tuple[list[Preference],
         UserError: no store there, or pairs that its records do not make.
     """
     from mmalign.preferences import Store
-    from mmalign.randomness import key_seed
 
     if not settings.path.exists():
         raise UserError(
@@ -82,10 +84,15 @@ def read_pairs(settings: PairDataSettings, seed: int) -> tuple[list[Preference],
     pairs = list(make_pairs(store.records(split=settings.split), settings.pairing.build(), summary))
     if settings.draw_labels:
         pairs = [_drawn(pair, seed) for pair in pairs]
-    if settings.shuffle_labels:
-        coin = [key_seed("shuffled label", seed, pair.item_id) & 1 for pair in pairs]
-        pairs = [pair.flip() if heads else pair for pair, heads in zip(pairs, coin, strict=True)]
-    return pairs, str(summary)
+    return (shuffled(pairs, seed) if settings.shuffle_labels else pairs), str(summary)
+
+
+def shuffled(pairs: Sequence[Preference], seed: int) -> list[Preference]:
+    """The pairs with labels by coin flip, each by its own."""
+    from mmalign.randomness import key_seed
+
+    coin = [key_seed("shuffled label", seed, pair.item_id) & 1 for pair in pairs]
+    return [pair.flip() if heads else pair for pair, heads in zip(pairs, coin, strict=True)]
 
 
 DRAWN = "label_probability"  # in a pair's provenance: of the label that was drawn
@@ -97,7 +104,8 @@ def _drawn(pair: Preference, seed: int) -> Preference:
     probability = pair.ordered()[2]
     agrees = key_seed("drawn label", seed, pair.item_id) % 2**32 / 2**32 < probability
     about = {**pair.provenance, DRAWN: probability if agrees else 1 - probability}
-    sure = replace(pair, confidence=None, gap=None, provenance=about)
+    label: Label = "a" if pair.label == "tie" else pair.label  # who must choose flips a coin
+    sure = replace(pair, label=label, confidence=None, gap=None, provenance=about)
     return sure if agrees else sure.flip()
 
 

@@ -143,7 +143,7 @@ def batch_of_pairs(tokens: list[int], labels: Tensor, counts: Tensor) -> Picture
 
 
 def pickscore_loss(batch: PictureBatch, model: Fixed, **options: Any) -> float:
-    parts = Parts(module=model, head=False, mean_weight=lambda weighted: 0.4 if weighted else 1.0)
+    parts = Parts(module=model, head=False, ties=False, mean_weight=lambda weighted: 0.4 if weighted else 1.0)
     method = pickscore.build(pickscore.Options(**options), parts)
     return next(iter(method.losses(batch)))[0].item()
 

@@ -361,6 +361,42 @@ def test_labels_are_drawn_as_a_rater_would(bench: Bench, tmp_path: Path) -> None
         bench.config(tmp_path / "x", data={"draw_labels": True})
 
 
+def test_drawn_ties_have_a_side(bench: Bench) -> None:
+    from mmalign.pairdata import PairDataSettings, PairingSettings, read_pairs
+
+    pairing = PairingSettings(strategy="all", score="taste", spread=0.5, ties="soft")
+    asked = PairDataSettings(path=bench.store, pairing=pairing, draw_labels=True)
+    drawn, ties = read_pairs(asked, 0)[0], read_pairs(asked.model_copy(update={"draw_labels": False}), 0)[0]
+    of_ties = [one for one, other in zip(drawn, ties, strict=True) if other.label == "tie"]
+    assert {pair.label for pair in of_ties} == {"a", "b"}
+    assert HeldOut.of(of_ties).allowed == 0.5
+
+
+def test_the_control_is_judged_by_true_labels(bench: Bench, tmp_path: Path) -> None:
+    held = {"share": 0.5}
+    kept, judged, _ = divided(bench.config(tmp_path / "a", held_out=held))
+    shuffled, of_control, _ = divided(bench.config(tmp_path / "a", held_out=held, data={"shuffle_labels": True}))
+    assert [pair.label for pair in of_control] == [pair.label for pair in judged]
+    assert [pair.label for pair in shuffled] != [pair.label for pair in kept]
+
+
+def test_held_out_ties_alone_judge_nobody(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = write_taste(tmp_path / "store")
+    monkeypatch.setattr("evaluators.training.data._drawn", lambda prompt, held, seed: prompt == "only a tie")
+    tie = tuple(Candidate(candidate_id=str(k), image=picture(90, k), scores={"taste": 0.5}) for k in range(2))
+    records = [*Store.open(store).records(), Record(record_id="t", prompt="only a tie", candidates=tie)]
+    both = Store.write(records, tmp_path / "both").path
+    data = {"path": str(both), "pairing": {"ties": "soft"}}
+    with pytest.raises(UserError, match="0 with a preferred side held out"):
+        divided(bench.config(tmp_path / "a", data=data, held_out={"share": 0.5}))
+
+
+def test_pairs_of_equal_ids_stay_apart(bench: Bench, tmp_path: Path) -> None:
+    pairs = divided(bench.config(tmp_path / "a"))[0][:2]
+    twins = [replace(pair, item_id="same") for pair in pairs]
+    assert len(items_of(twins, "pairs")) == 2
+
+
 def test_mistakes_are_one_line(bench: Bench, tmp_path: Path) -> None:
     texts = tmp_path / "texts"
     answers = tuple(Candidate(candidate_id=k, text=f"answer {k}") for k in "ab")
@@ -368,7 +404,9 @@ def test_mistakes_are_one_line(bench: Bench, tmp_path: Path) -> None:
     cases: list[tuple[str, dict[str, Any]]] = [
         ("compares texts", {"data": {"path": str(texts), "pairing": {"strategy": "votes", "score": None}}}),
         ("no preference store", {"data": {"path": str(tmp_path / "none")}}),
-        ("0 pairs", {"held_out": {"share": 0.001}}),
+        ("0 with a preferred side held out", {"held_out": {"share": 0.001}}),
+        (r"'drop' or 'soft'.*keep", {"data": {"pairing": {"ties": "keep"}}}),
+        ("take a tie for a win", {"method": {"name": "bradley_terry"}, "data": {"pairing": {"ties": "soft"}}}),
         ("2 layers, not 5", {"model": {"vision_layers": 5}}),
         ("needs the name of its split", {"held_out": {"path": str(bench.store)}}),
         ("trained on and held out", {"held_out": {"split": "train"}}),

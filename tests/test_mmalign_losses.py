@@ -931,6 +931,18 @@ class TestWeightedSum:
         with pytest.raises(UserError, match=message):
             weighted_sum(spec)
 
+    def test_losses_that_may_meet_ties(self) -> None:
+        settings: dict[str, Any] = {
+            **dict.fromkeys(losses.PAIR_LOSSES, 1.0),
+            "conservative": {"flip_rate": 0.1},
+            "robust": {"flip_rate": 0.1},
+            "ipo": {"tau": 0.5},
+            "length": {"alpha": 0.1},
+        }
+        fair = {name for name, given in settings.items() if losses.fair_to_ties(weighted_sum({name: given}))}
+        assert fair == {"soft", "smoothed", "reward_difference"}
+        assert not losses.fair_to_ties(weighted_sum({"soft": 1.0, "sigmoid": 0.1}))
+
     @pytest.mark.parametrize(
         ("name", "missing"), [("soft", "confidence"), ("reward_difference", "gap"), ("sft", "chosen_errors")]
     )

@@ -18,7 +18,8 @@ from torch import Tensor
 from evaluators.training.data import PictureBatch
 from evaluators.training.parts import Parts
 from mmalign.config import Settings
-from mmalign.losses import PairTerms, weighted_sum
+from mmalign.errors import UserError
+from mmalign.losses import PairTerms, fair_to_ties, weighted_sum
 from mmalign.method import Metrics, OneLoss
 
 
@@ -35,6 +36,12 @@ class BradleyTerry(OneLoss):
     def __init__(self, options: Options, parts: Parts) -> None:
         self._options, self._parts = options, parts
         self._loss = weighted_sum(options.loss, place="method.loss")
+        if parts.ties and not fair_to_ties(self._loss):
+            raise UserError(
+                "these losses take a tie for a win",
+                place="method.loss",
+                fix="Use {soft: 1}, which knows soft labels, or data.pairing.ties=drop.",
+            )
 
     def losses(self, batch: PictureBatch) -> Iterator[tuple[Tensor, Metrics]]:
         scores = self._parts.score(batch)

@@ -25,7 +25,7 @@ from mmalign.errors import UserError
 from mmalign.loop import Loop, processes
 from mmalign.media import Media
 from mmalign.order import Order, Pick, share
-from mmalign.pairdata import read_pairs
+from mmalign.pairdata import read_pairs, shuffled
 from mmalign.progress import Progress
 from mmalign.randomness import key_seed
 from mmalign.records import Preference
@@ -86,18 +86,18 @@ def divided(config: TrainConfig) -> tuple[list[Preference], list[Preference], st
         UserError: no such store or split, pairs of texts, sides with different prompts, or nothing left on a side.
     """
     seed, held = config.loop.seed, config.held_out
-    pairs, note = read_pairs(config.data, seed)
-    _require_pictures(pairs, str(config.data.path))
+    true = config.data.model_copy(update={"shuffle_labels": False})  # the control too is judged by these
+    pairs, note = read_pairs(true, seed)
+    _require_pictures(pairs, str(true.path))
+    judged: list[Preference] = []
     if held is None:
-        return pairs, [], note
-    if held.split is None:
+        kept = pairs
+    elif held.split is None:
         out = {prompt for prompt in {pair.a.prompt for pair in pairs} if _drawn(prompt, held, seed)}
         kept = [pair for pair in pairs if pair.a.prompt not in out]
         judged = [pair for pair in pairs if pair.a.prompt in out]
     else:
-        where = config.data.model_copy(
-            update={"path": held.path or config.data.path, "split": held.split, "shuffle_labels": False}
-        )
+        where = true.model_copy(update={"path": held.path or true.path, "split": held.split})
         kept, judged = pairs, read_pairs(where, seed)[0]
         _require_pictures(judged, str(where.path))
         if both := {pair.a.prompt for pair in kept} & {pair.a.prompt for pair in judged}:
@@ -106,13 +106,16 @@ def divided(config: TrainConfig) -> tuple[list[Preference], list[Preference], st
                 place=f"held_out.split={held.split}",
                 fix="Split by prompt, or leave held_out.split out: prompts are drawn then.",
             )
-    if not kept or not judged:
+    sided = sum(pair.label != "tie" for pair in judged)
+    if held is not None and not (kept and sided):
         raise UserError(
-            f"{len(kept)} pairs are trained on and {len(judged)} held out",
+            f"{len(kept)} pairs are trained on and {sided} with a preferred side held out",
             place="held_out",
             fix="Change held_out.share, or say held_out=null to train on everything.",
         )
-    return kept, judged, f"{note}; {len(judged)} pairs held out"
+    if held is not None:
+        note += f"; {len(judged)} pairs held out"
+    return (shuffled(kept, seed) if config.data.shuffle_labels else kept), judged, note
 
 
 def _drawn(prompt: str, held: HeldOutSettings, seed: int) -> bool:
@@ -129,9 +132,11 @@ def _require_pictures(pairs: Sequence[Preference], place: str) -> None:
 
 def items_of(pairs: Sequence[Preference], kind: Literal["pairs", "prompts"]) -> list[Item]:
     """Pairs as items, in the order in which they come first."""
+    if kind == "pairs":
+        return [_item([pair]) for pair in pairs]
     groups: dict[str, list[Preference]] = {}
     for pair in pairs:
-        groups.setdefault(pair.item_id if kind == "pairs" else pair.a.prompt, []).append(pair)
+        groups.setdefault(pair.a.prompt, []).append(pair)
     return [_item(group) for group in groups.values()]
 
 

@@ -44,11 +44,13 @@ class Parts:
     Attributes:
         module: the model, prepared for training.
         head: whether the model has one.
+        ties: whether there are pairs without a preferred side.
         mean_weight: see `PictureFeed.mean_weight`.
     """
 
     module: nn.Module
     head: bool
+    ties: bool
     mean_weight: Callable[[bool], float]
 
     def score(self, batch: PictureBatch) -> Scores:
