@@ -40,7 +40,8 @@ def train(config: TrainConfig) -> int:
     pairs, held_pairs, note = divided(config)
     model = PreferenceModel(config.model, seed=config.loop.seed)
     if config.loop.init_from:
-        model.load(Path(config.loop.init_from))
+        start = Path(config.loop.init_from)
+        model.load(start / "model" if (start / "model").is_dir() else start)
     if config.loop.gradient_checkpointing:
         recompute_activations(model.clip)
     model.to(processes().device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -423,7 +424,13 @@ def test_mistakes_are_one_line(bench: Bench, tmp_path: Path) -> None:
         scorers.load("trained")
     with pytest.raises(UserError, match="no such checkpoint"):
         scorers.load("trained", {"path": str(tmp_path / "nothing")})
-    bench.train(tmp_path / "head", model={"head": 8})
+    run = tmp_path / "head"
+    bench.train(run, model={"head": 8})
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    (other / "config.yaml").write_text((run / "config.yaml").read_text().replace("package: evaluators", "package: vlm"))
+    with pytest.raises(UserError, match="a run of vlm is no scorer"):
+        scorers.load("trained", {"path": str(other)})
     with pytest.raises(UserError, match="head"):
         bench.train(tmp_path / "bare", loop={"init_from": str(newest(tmp_path / "head") / "model")})
 

@@ -49,6 +49,10 @@ def build(path: str | None = None, device: str | None = None, precision: Precisi
     if path is None:
         raise UserError("no run is named", place="scorer 'trained'", fix="Give the folder of one: trained,path=RUN.")
     from evaluators.recipe import TrainConfig
-    from mmalign.runs import find
+    from mmalign import runs
 
-    return TrainedScorer(find(TrainConfig, Path(path)).weights, device, precision)
+    if Path(path).is_dir() and (package := runs.package(Path(path))) != "evaluators":
+        raise UserError(
+            f"a run of {package} is no scorer", place=path, fix="Give one of `mmalign train evaluators/...`."
+        )
+    return TrainedScorer(runs.find(TrainConfig, Path(path)).weights, device, precision)
