@@ -24,6 +24,12 @@ class ClipSettings(Settings):
         None, gt=0, description="width of an MLP of both vectors, added to the scaled cosine; null: none"
     )
 
+    @property
+    def layers(self) -> str:
+        """Those that are trained, in words."""
+        towers = {"text": self.text_layers, "vision": self.vision_layers}
+        return ", ".join(f"{tower}: {'all' if last is None else f'last {last}'}" for tower, last in towers.items())
+
 
 class ScorerDataSettings(PairDataSettings):
     """Which preferences, and what counts as one thing to learn from."""

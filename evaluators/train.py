@@ -23,7 +23,7 @@ from mmalign import method as methods
 from mmalign.announce import announce, forward_seconds
 from mmalign.cli import Parser, run_entry
 from mmalign.errors import UserError
-from mmalign.loop import Hooks, Loop, check_machine, processes, trainable
+from mmalign.loop import Hooks, Loop, check_machine, processes, shards_weights
 from mmalign.memory import recompute_activations
 from mmalign.tracking import METRICS
 
@@ -37,6 +37,12 @@ def train(config: TrainConfig) -> int:
     check_machine(config.loop)
     if config.loop.attention == "xformers":
         raise UserError("xformers is for UNets", place="loop.attention", fix="Leave it out.")
+    if shards_weights():
+        raise UserError(
+            "a CLIP is whole on every process: its scale is a single number, which cannot be sharded",
+            place="--accelerate",
+            fix="Use ddp; model.text_layers and model.vision_layers say how little is trained.",
+        )
     pairs, held_pairs, note = divided(config)
     model = PreferenceModel(config.model, seed=config.loop.seed)
     if config.loop.init_from:
@@ -73,7 +79,7 @@ def train(config: TrainConfig) -> int:
             config.optim,
             method=config.method.name,
             model=config.model.path,
-            trained="all of it" if trainable(loop.parameters) == trainable(list(model.parameters())) else "a part",
+            trained=f"layers {config.model.layers}",
             size=feed.size,
             notes={"data": note, **method.describe()},
             seconds=PASSES * forward_seconds(loop, forward) * config.loop.steps * config.loop.accumulation,
@@ -84,7 +90,13 @@ def train(config: TrainConfig) -> int:
         load_model=model.load,
         started=started,
         look=watch(config, loop, judge),
-        summary={"base": model.base, "head": config.model.head or "none", "seed": config.loop.seed, "data": feed.key},
+        summary={
+            "base": model.base,
+            "head": config.model.head or "none",
+            "layers": config.model.layers,
+            "seed": config.loop.seed,
+            "data": feed.key,
+        },
         config=config.model_dump(mode="json"),
     )
     before = judge()

@@ -423,8 +423,17 @@ def processes() -> PartialState:
 
 def weights_layout() -> torch.memory_format:
     """The memory layout to train convolutions in: channels last is faster, but FSDP2 takes contiguous weights only."""
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"  # accelerate launch says it so
-    return torch.contiguous_format if sharded else torch.channels_last
+    return torch.contiguous_format if _launched_with("FSDP") else torch.channels_last
+
+
+def shards_weights() -> bool:
+    """Whether this was launched to split weights over processes: FSDP, or DeepSpeed's third stage."""
+    third = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    return _launched_with("FSDP") or (_launched_with("DEEPSPEED") and third)
+
+
+def _launched_with(library: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{library}", "false").lower() == "true"  # accelerate launch says it so
 
 
 def make_accelerator(settings: LoopSettings) -> Accelerator:

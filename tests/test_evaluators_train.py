@@ -435,6 +435,25 @@ def test_mistakes_are_one_line(bench: Bench, tmp_path: Path) -> None:
         bench.train(tmp_path / "bare", loop={"init_from": str(newest(tmp_path / "head") / "model")})
 
 
+def test_a_run_starts_from_another(taught: Path, bench: Bench, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"data": {"items": "prompts"}, "held_out": {"share": 0.4}}
+    bench.train(tmp_path / "next", **changes, loop={"init_from": str(newest(taught)), "steps": 1})
+    ended = json.loads((taught / "held_out.json").read_text())["after"]
+    assert json.loads((tmp_path / "next/held_out.json").read_text())["before"] == ended
+
+
+def test_weights_are_not_sharded(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="whole on every process"):
+        bench.train(tmp_path / "run")
+
+
+def test_other_layers_are_another_run(bench: Bench, tmp_path: Path) -> None:
+    bench.train(tmp_path / "run", model={"vision_layers": 1})
+    with pytest.raises(UserError, match=r"has layers text: all, vision: last 1, but this run has layers .*vision: all"):
+        bench.train(tmp_path / "run", loop={"steps": 4})
+
+
 def test_a_broken_picture_is_found_before_training(bench: Bench, tmp_path: Path) -> None:
     good = picture(100, 0)
     broken = Media(data=good.read()[:-40], place="photo 7")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mmalign import checkpoint
 from mmalign.config import LoopSettings, OptimSettings
 from mmalign.errors import UserError
-from mmalign.loop import Hooks, Loop, check_machine, check_zero_margin, trainable, weights_layout
+from mmalign.loop import Hooks, Loop, check_machine, check_zero_margin, shards_weights, trainable, weights_layout
 from mmalign.memory import peak_gb
 from mmalign.method import Metrics, OneLoss
 from mmalign.order import Order, share
@@ -555,6 +555,17 @@ def test_only_fsdp_needs_contiguous_weights(monkeypatch: pytest.MonkeyPatch) -> 
     assert weights_layout() == torch.channels_last
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert weights_layout() == torch.contiguous_format
+
+
+@pytest.mark.parametrize(
+    ("library", "stage", "shards"),
+    [("FSDP", "", True), ("DEEPSPEED", "3", True), ("DEEPSPEED", "2", False), ("", "3", False)],
+)
+def test_launches_that_shard_weights(library: str, stage: str, shards: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        monkeypatch.setenv(name, str(name.endswith(library) and bool(library)).lower())
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
+    assert shards_weights() is shards
 
 
 def test_sizes() -> None:
