@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from evaluators import accuracy
 from evaluators.calibration import calibration, log_loss, temperature
 from evaluators.methods import pickscore
 from evaluators.training.data import PictureBatch
-from evaluators.training.objectives import among, gather, picked, plackett_luce
+from evaluators.training.objectives import _Gather, among, gather, picked, plackett_luce
 from evaluators.training.parts import Parts
 
 DOUBLE = torch.float64
@@ -197,6 +198,15 @@ def test_one_process_gathers_its_own() -> None:
     rows = torch.randn(2, 3)
     gathered, first = gather(rows)
     assert gathered is rows and first == 0
+
+
+def test_gradients_of_others_are_added_to_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total.mul_(2))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    grad = torch.arange(6.0).reshape(3, 2)
+    own, _ = _Gather.backward(SimpleNamespace(sizes=[1, 2]), grad)
+    assert own.tolist() == [[4, 6], [8, 10]]
+    assert grad.tolist() == [[0, 1], [2, 3], [4, 5]]  # autograd may hand the same tensor to somebody else
 
 
 # ------------------------------------------------------------------------------------------------- accuracy

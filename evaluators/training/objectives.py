@@ -88,7 +88,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        total = grads[0].contiguous()
+        total = grads[0].clone(memory_format=torch.contiguous_format)  # a gradient is not ours to add to
         dist.all_reduce(total)
         return total.split(ctx.sizes)[dist.get_rank()], None
 
