@@ -83,12 +83,19 @@ class Published:
     threshold: float
 
 
-def published(margins: Values, confidence: Values, groups: Sequence[Hashable]) -> Published:
-    """Every definition, with thresholds by `fitted_thresholds`."""
+def published(
+    margins: Values, confidence: Values, prompts: Sequence[Hashable], groups: Sequence[Hashable]
+) -> Published:
+    """Every definition, with thresholds by `fitted_thresholds`.
+
+    Args:
+        prompts: what each pair answers, which `rank` is the mean over.
+        groups: pairs that resemble each other, which intervals and halves keep together.
+    """
     thresholds = fitted_thresholds(margins, confidence, groups)
     return Published(
         strict=strict(margins, confidence, groups),
-        rank=rank(margins, confidence, groups),
+        rank=rank(margins, confidence, prompts),
         pickscore=pickscore(margins, confidence, groups, thresholds),
         threshold=float(thresholds.mean()),
     )
@@ -109,10 +116,10 @@ def _with_ties(margins: Values, confidence: Values, threshold: float | Values) -
     return np.where(tie & labelled, 1.0, np.where(tie | labelled, 0.5, sided))
 
 
-def rank(margins: Values, confidence: Values, groups: Sequence[Hashable]) -> Share:
+def rank(margins: Values, confidence: Values, prompts: Sequence[Hashable]) -> Share:
     """HPDv2's: the mean over prompts of 1 - inversions / pairs; see the module's docstring."""
     kept = confidence != TIE
-    named = np.unique(np.array([str(group) for group in groups])[kept], return_inverse=True)[1]
+    named = np.unique(np.array([str(prompt) for prompt in prompts])[kept], return_inverse=True)[1]
     right = (margins[kept] >= 0).astype(float)
     return Share.of(np.bincount(named, right) / np.bincount(named), None)
 

@@ -92,10 +92,11 @@ def agreement(judge: str, margins: Sequence[float | None], pairs: Sequence[Prefe
         UserError: a margin is not a finite number, or no label of a pair that could be judged takes a side.
     """
     labels = [pair.ordered()[2] for pair in pairs]
-    rows = zip(groups_of(pairs), labels, margins, strict=True)
-    judged = [(group, label, margin) for group, label, margin in rows if margin is not None]
-    groups, values = [group for group, _, _ in judged], np.array([margin for _, _, margin in judged])
-    confidence = np.array([label for _, label, _ in judged])
+    rows = zip(groups_of(pairs), pairs, labels, margins, strict=True)
+    judged = [(group, pair, label, margin) for group, pair, label, margin in rows if margin is not None]
+    groups, values = [group for group, *_ in judged], np.array([margin for *_, margin in judged])
+    prompts = [(pair.a.prompt, *(media.sha256() for media in pair.a.media)) for _, pair, _, _ in judged]
+    confidence = np.array([label for _, _, label, _ in judged])
     if broken := int((~np.isfinite(values)).sum()):
         raise UserError(f"{broken} of {len(values)} margins are no finite numbers", place=judge)
     sided = confidence != TIE
@@ -113,7 +114,7 @@ def agreement(judge: str, margins: Sequence[float | None], pairs: Sequence[Prefe
         groups=clusters,
         ties=int((values[sided] == 0).sum()),
         failed=len(pairs) - len(judged),
-        published=published(values, confidence, groups),
+        published=published(values, confidence, prompts, groups),
         margins=tuple(margins),
     )
 

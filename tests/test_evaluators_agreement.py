@@ -50,6 +50,17 @@ def test_pairs_of_one_prompt_are_a_cluster() -> None:
     assert scorer_agreement("red", Red(), pairs).groups == 2
 
 
+def test_a_group_has_several_prompts() -> None:
+    from dataclasses import replace
+
+    reds = [(9, 1), (9, 1), (1, 9)]
+    pairs = [pair(number, *two, prompt=f"p{number // 2}") for number, two in enumerate(reds)]
+    found = scorer_agreement(
+        "red", Red(), [replace(one, context={"group": "photo"}) for one in [*pairs, pair(3, 9, 1)]]
+    )
+    assert (found.published.rank.count, found.published.rank.value) == (3, 2 / 3)  # p0 right, p1 wrong, prompt 3 right
+
+
 def test_published_accuracies_stand_beside() -> None:
     from dataclasses import replace
 

@@ -133,6 +133,6 @@ def judged(found: accuracy.Values, held: HeldOut) -> Judgement:
     return Judgement(
         pairs=len(found),
         allowed=held.allowed,
-        accuracy=accuracy.published(found, held.confidence, held.prompts),
+        accuracy=accuracy.published(found, held.confidence, held.prompts, held.prompts),
         calibration=calibration(found, held.confidence),
     )
