@@ -2,7 +2,7 @@
 
 mmalign train evaluators/pickscore_shapes data.path=store optim.lr=1e-4
 accelerate launch -m evaluators.train configs/evaluators/pickscore_shapes.yaml data.path=store
-mmalign score pictures/ --scorer trained,path=runs/scorer
+mmalign score pictures/ --scorer trained,path=runs/scorer/style
 """
 
 from __future__ import annotations
