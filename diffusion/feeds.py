@@ -29,7 +29,6 @@ from evaluators.rewards import Reward
 from mmalign import config as configuration
 from mmalign.errors import UserError
 from mmalign.loop import Loop, processes
-from mmalign.order import Order, share
 from mmalign.pairdata import read_pairs
 from mmalign.prompts import read_prompts
 from mmalign.records import Preference
@@ -143,26 +142,13 @@ class PairFeed:
 
     def source(self, loop: Loop) -> Callable[[int], Iterator[PairBatch]]:
         config, data = self._config, self.data
-        settings, accelerator = config.loop, loop.accelerator
-        order = Order(list(data.buckets.values()), loop.pairs_per_update, settings.seed)
+        seed, device = config.loop.seed, loop.accelerator.device
         cycle = config.reference.draws if config.reference.cache else None
 
         def batches(start: int) -> Iterator[PairBatch]:
-            update = start
-            while True:
-                picks = order.update(update)
-                for forward in range(settings.accumulation):
-                    mine = share(
-                        picks,
-                        forward=forward,
-                        rank=accelerator.process_index,
-                        world=accelerator.num_processes,
-                        batch_size=settings.batch_size,
-                    )
-                    visits = [pick.visit if cycle is None else pick.visit % cycle for pick in mine]
-                    items = [pick.item for pick in mine]
-                    yield data.batch(items, visits, seed=settings.seed, device=accelerator.device)
-                update += 1
+            for picks in loop.picks(list(data.buckets.values()), start):
+                visits = [pick.visit if cycle is None else pick.visit % cycle for pick in picks]
+                yield data.batch([pick.item for pick in picks], visits, seed=seed, device=device)
 
         return batches
 

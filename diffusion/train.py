@@ -20,6 +20,7 @@ from diffusion.parts import Parts
 from diffusion.recipe import TrainConfig
 from mmalign import config as configuration
 from mmalign import method as methods
+from mmalign import runs
 from mmalign.announce import announce, forward_seconds
 from mmalign.cli import Parser, run_entry
 from mmalign.loop import Hooks, Loop, check_machine, processes, weights_layout
@@ -28,6 +29,7 @@ from mmalign.reference import AdaptersOff, FrozenCopy, Reference
 
 def train(config: TrainConfig) -> int:
     """Run a recipe from its data or prompts to the last checkpoint. Returns the exit code."""
+    config = config.model_copy(update={"loop": runs.pinned(config.loop)})
     module = methods.load("diffusion", config.method.name)
     options = configuration.parse_section(module.Options, config.method, "method")
     check_machine(config.loop)

@@ -20,6 +20,7 @@ from evaluators.training.model import PreferenceModel
 from evaluators.training.parts import Parts
 from mmalign import config as configuration
 from mmalign import method as methods
+from mmalign import runs
 from mmalign.announce import announce, forward_seconds
 from mmalign.cli import Parser, run_entry
 from mmalign.errors import UserError
@@ -32,6 +33,7 @@ PASSES = 3.0  # of a turn in forwards: the model and its backward
 
 def train(config: TrainConfig) -> int:
     """Run a recipe from its data to the last checkpoint, and judge what came out. Returns the exit code."""
+    config = config.model_copy(update={"loop": runs.pinned(config.loop)})
     module = methods.load("evaluators", config.method.name)
     options = configuration.parse_section(module.Options, config.method, "method")
     check_machine(config.loop)

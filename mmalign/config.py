@@ -130,7 +130,7 @@ class LoopSettings(Settings):
     log_every: int = Field(1, gt=0, description="updates between logged lines")
     resume: str = Field("auto", min_length=1, description="auto: go on from output_dir's newest; none; or a path")
     init_from: str | None = Field(
-        None, min_length=1, description="a checkpoint whose weights a new run starts from, at step 0"
+        None, min_length=1, description="a run or a checkpoint whose weights a new run starts from, at step 0"
     )
     output_dir: Annotated[Path, Field(strict=False)] = Field(description="folder of the run")
     trackers: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = Field(

@@ -8,6 +8,7 @@ resumed run needs the weights, the optimizer's state and a number, and equals th
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import re
@@ -31,6 +32,7 @@ from mmalign.errors import UserError
 from mmalign.memory import peak_gb
 from mmalign.method import Method
 from mmalign.optimizers import Average, make_optimizer, rate
+from mmalign.order import Order, Pick, share
 from mmalign.progress import Progress
 from mmalign.randomness import key_seed
 from mmalign.tracking import Tracker
@@ -100,6 +102,25 @@ class Loop:
     def pairs_per_update(self) -> int:
         settings = self.settings
         return settings.batch_size * settings.accumulation * int(self.accelerator.num_processes)
+
+    def picks(self, groups: Sequence[Sequence[int]], start: int) -> Iterator[list[Pick]]:
+        """What this process trains on from an update on, without end: the items of each forward.
+
+        Args:
+            groups: items that can share a batch; see `Order`.
+        """
+        settings, accelerator = self.settings, self.accelerator
+        order = Order(groups, self.pairs_per_update, settings.seed)
+        for update in itertools.count(start):
+            picks = order.update(update)
+            for forward in range(settings.accumulation):
+                yield share(
+                    picks,
+                    forward=forward,
+                    rank=accelerator.process_index,
+                    world=accelerator.num_processes,
+                    batch_size=settings.batch_size,
+                )
 
     def run(self, method: Method, name: str, source: Callable[[int], Iterator[Any]], hooks: Hooks) -> int:
         """Train to the last update.

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from mmalign import checkpoint as checkpoints
 from mmalign import config as configuration
 from mmalign import manifest
-from mmalign.config import Settings
+from mmalign.config import LoopSettings, Settings
 from mmalign.errors import UserError
 from mmalign.launch import package_of
 from mmalign.manifest import Manifest
@@ -95,6 +95,21 @@ def find(cls: type[C], path: Path, *, base: str | None = None) -> Tuned[C]:
         manifest=manifest.read(folder),
         weights=chosen if chosen.is_dir() else folder / "model",
     )
+
+
+def pinned(loop: LoopSettings) -> LoopSettings:
+    """A run in `init_from` as that run's newest good checkpoint, whatever becomes of it later.
+
+    Raises:
+        UserError: the run has none.
+    """
+    if loop.init_from is None or not (Path(loop.init_from) / "config.yaml").is_file():
+        return loop
+    found = checkpoints.latest(Path(loop.init_from))
+    if found.path is None:
+        why = "; ".join(found.warnings) or "no checkpoint to start from"
+        raise UserError(why, place=f"loop.init_from={loop.init_from}", fix="Train that run first.")
+    return loop.model_copy(update={"init_from": str(found.path)})
 
 
 def check_base(tuned: Tuned[Any], identity: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from tiny_runs import contents, lines, newest, run_jobs, weights
 from tiny_talks import Talk
@@ -188,6 +190,14 @@ def test_a_run_goes_on_from_another_ones_weights(talk: Talk, tmp_path: Path) -> 
     talk.train(tmp_path / "first", method=METHODS["povid_1"], loop={"steps": 4})
     start = str(newest(tmp_path / "first"))
     talk.train(tmp_path / "second", method=METHODS["povid_paper"], loop={"steps": 2, "init_from": start})
+    of_run = {"steps": 2, "init_from": str(tmp_path / "first")}  # means its newest checkpoint, and the run says so
+    talk.train(tmp_path / "again", method=METHODS["povid_paper"], loop=of_run)
+    assert contents(tmp_path / "again") == contents(tmp_path / "second")
+    assert yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())["loop"]["init_from"] == start
+    (tmp_path / "empty").mkdir()
+    shutil.copy(tmp_path / "first" / "config.yaml", tmp_path / "empty")
+    with pytest.raises(UserError, match=r"no checkpoint to start from \(loop\.init_from=.*Train that run first"):
+        talk.train(tmp_path / "no", loop={"init_from": str(tmp_path / "empty")})
     line = lines(tmp_path / "second")[0]
     assert line["rewards/margins_abs"] == 0  # the reference starts there too
     assert line["logps/ref_chosen"] != pytest.approx(lines(tmp_path / "first")[0]["logps/ref_chosen"], abs=1e-4)

@@ -11,7 +11,7 @@ from mmalign import config as configuration
 from mmalign.ahead import ahead
 from mmalign.errors import UserError
 from mmalign.loop import Loop
-from mmalign.order import Order, Pick, share
+from mmalign.order import Pick
 from mmalign.progress import progress
 from mmalign.randomness import key_seed
 from mmalign.records import Preference
@@ -81,28 +81,8 @@ class PairFeed:
 
     def source(self, loop: Loop) -> Callable[[int], Iterator[PairBatch]]:
         """A function from an update's number to this process's batches from there on."""
-        config, accelerator = self._config, loop.accelerator
-        settings = config.loop
-        order = Order([range(self.size)], loop.pairs_per_update, settings.seed)
-
-        def picked(start: int) -> Iterator[list[Pick]]:
-            update = start
-            while True:
-                picks = order.update(update)
-                for forward in range(settings.accumulation):
-                    yield share(
-                        picks,
-                        forward=forward,
-                        rank=accelerator.process_index,
-                        world=accelerator.num_processes,
-                        batch_size=settings.batch_size,
-                    )
-                update += 1
-
-        def batches(start: int) -> Iterator[PairBatch]:
-            return ahead(lambda picks: self.batch(picks, accelerator.device), picked(start))
-
-        return batches
+        device = loop.accelerator.device
+        return lambda start: ahead(lambda picks: self.batch(picks, device), loop.picks([range(self.size)], start))
 
     def batch(self, picks: Sequence[Pick], device: torch.device) -> PairBatch:
         """Some pairs as rows of all the method's views."""

@@ -16,6 +16,7 @@ from torch import nn
 
 from mmalign import config as configuration
 from mmalign import method as methods
+from mmalign import runs
 from mmalign.announce import announce, forward_seconds
 from mmalign.cli import Parser, run_entry
 from mmalign.errors import UserError
@@ -36,6 +37,7 @@ PASSES = 4.0  # of a turn in forwards: policy, its backward, and the reference
 
 def train(config: TrainConfig) -> int:
     """Run a recipe from its data to the last checkpoint. Returns the exit code."""
+    config = config.model_copy(update={"loop": runs.pinned(config.loop)})
     module = methods.load("vlm", config.method.name)
     options = configuration.parse_section(module.Options, config.method, "method")
     check_machine(config.loop)

@@ -24,7 +24,7 @@ from mmalign.ahead import ahead
 from mmalign.errors import UserError
 from mmalign.loop import Loop, processes
 from mmalign.media import Media
-from mmalign.order import Order, Pick, share
+from mmalign.order import Pick
 from mmalign.pairdata import read_pairs, shuffled
 from mmalign.progress import Progress
 from mmalign.randomness import key_seed
@@ -222,27 +222,12 @@ class PictureFeed:
 
     def source(self, loop: Loop) -> Callable[[int], Iterator[PictureBatch]]:
         """A function from an update's number to this process's batches from there on."""
-        settings, accelerator = self._config.loop, loop.accelerator
-        order = Order([range(self.size)], loop.pairs_per_update, settings.seed)
-
-        def picked(start: int) -> Iterator[list[Pick]]:
-            update = start
-            while True:
-                picks = order.update(update)
-                for forward in range(settings.accumulation):
-                    yield share(
-                        picks,
-                        forward=forward,
-                        rank=accelerator.process_index,
-                        world=accelerator.num_processes,
-                        batch_size=settings.batch_size,
-                    )
-                update += 1
+        device = loop.accelerator.device
 
         def made(picks: list[Pick]) -> PictureBatch:
-            return self.batch([self._items[pick.item] for pick in picks], accelerator.device)
+            return self.batch([self._items[pick.item] for pick in picks], device)
 
-        return lambda start: ahead(made, picked(start))
+        return lambda start: ahead(made, loop.picks([range(self.size)], start))
 
     def example(self, device: torch.device) -> PictureBatch:
         """The first items, for measuring how long a forward takes."""
