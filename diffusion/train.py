@@ -24,6 +24,7 @@ from mmalign import runs
 from mmalign.announce import announce, forward_seconds
 from mmalign.cli import Parser, run_entry
 from mmalign.loop import Hooks, Loop, check_machine, processes, weights_layout
+from mmalign.losses import require_fairness_to_ties
 from mmalign.reference import AdaptersOff, FrozenCopy, Reference
 
 
@@ -32,6 +33,8 @@ def train(config: TrainConfig) -> int:
     config = config.model_copy(update={"loop": runs.pinned(config.loop)})
     module = methods.load("diffusion", config.method.name)
     options = configuration.parse_section(module.Options, config.method, "method")
+    if config.data is not None and config.data.pairing.ties == "soft":
+        require_fairness_to_ties(getattr(options, "loss", None))
     check_machine(config.loop)
     model = models.load_model(config.model, train_full=config.adapter is None)
     # Before anything is trained: pictures that cannot be drawn would be noticed hours later.

@@ -45,6 +45,7 @@ class HeldOutSettings(Settings):
     path: Annotated[Path, Field(strict=False)] | None = Field(None, description="another store; null: the same one")
     split: str | None = Field(None, description="a split of the store; null: prompts are drawn from the data's own")
     share: float = Field(0.1, gt=0, lt=1, description="of the prompts that are drawn, where no split is named")
+    seed: int = Field(0, ge=0, description="of which are drawn: not the run's, so that runs can be compared")
     every: int = Field(0, ge=0, description="updates between looks at them; 0: only when training is over")
     patience: int | None = Field(None, gt=0, description="looks without a lower log loss before training ends")
 

@@ -578,6 +578,23 @@ def fair_to_ties(loss: PairLoss) -> bool:
     return torch.allclose(cost(1), cost(-1))
 
 
+def require_fairness_to_ties(spec: Mapping[str, object] | None) -> None:
+    """Refuse a method for pairs that contain ties; see `fair_to_ties`.
+
+    Args:
+        spec: of its pairwise losses; None where it has none, and looks at no confidence.
+
+    Raises:
+        UserError: it would train a tie as a win of the side that happens to be named first.
+    """
+    if spec is None or not fair_to_ties(weighted_sum(spec, place="method.loss")):
+        raise UserError(
+            "a tie would be trained as a win of the side that is named first",
+            place="data.pairing.ties",
+            fix="Use method.loss={soft: 1}, which knows soft labels, or drop the ties.",
+        )
+
+
 def _part(name: str, given: object, place: str) -> PairLoss | None:
     """One summand with its weight and settings filled in; None if its weight is 0."""
     if name not in PAIR_LOSSES:

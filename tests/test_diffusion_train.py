@@ -168,6 +168,14 @@ def test_another_base_data_or_seed_never_meets_cached_errors(tiny: Tiny, tmp_pat
         assert len(list((tmp_path / "errors").iterdir())) == number, other
 
 
+def test_a_tie_is_no_win(tiny: Tiny, tmp_path: Path) -> None:
+    soft = {"pairing": {"ties": "soft"}}
+    for method in ({"name": "dpo"}, {"name": "sft"}):
+        with pytest.raises(UserError, match=r"a tie would be trained as a win .*data\.pairing\.ties"):
+            tiny.train(tmp_path / "run", method=method, data=soft)
+    assert tiny.train(tmp_path / "run", method={"name": "dpo", "loss": {"soft": 1.0}}, data=soft) == 0
+
+
 def test_shuffled_labels_are_a_fair_coin_that_the_seed_tosses(tiny: Tiny, tmp_path: Path) -> None:
     from diffusion.feeds import pair_settings
     from diffusion.recipe import TrainConfig

@@ -203,6 +203,12 @@ def test_a_run_goes_on_from_another_ones_weights(talk: Talk, tmp_path: Path) -> 
     assert line["logps/ref_chosen"] != pytest.approx(lines(tmp_path / "first")[0]["logps/ref_chosen"], abs=1e-4)
 
 
+def test_a_tie_is_no_win(talk: Talk, tmp_path: Path) -> None:
+    for method in (METHODS["dpo"], METHODS["simpo"], METHODS["rrpo"]):
+        with pytest.raises(UserError, match=r"a tie would be trained as a win .*data\.pairing\.ties"):
+            talk.train(tmp_path / "run", method=method, data={"pairing": {"ties": "soft"}})
+
+
 def test_long_rows_are_left_out_and_counted(talk: Talk, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from vlm.models import open_model
     from vlm.settings import VlmModelSettings

@@ -21,6 +21,7 @@ from mmalign.announce import announce, forward_seconds
 from mmalign.cli import Parser, run_entry
 from mmalign.errors import UserError
 from mmalign.loop import Hooks, Loop, check_machine, processes
+from mmalign.losses import require_fairness_to_ties
 from mmalign.memory import recompute_activations
 from mmalign.pairdata import read_pairs
 from mmalign.reference import AdaptersOff, Cached, FrozenCopy, Reference
@@ -40,6 +41,8 @@ def train(config: TrainConfig) -> int:
     config = config.model_copy(update={"loop": runs.pinned(config.loop)})
     module = methods.load("vlm", config.method.name)
     options = configuration.parse_section(module.Options, config.method, "method")
+    if config.data.pairing.ties == "soft":
+        require_fairness_to_ties(getattr(options, "loss", None))
     check_machine(config.loop)
     ensure_store(config, lambda: open_model(config.model).to(processes().device))
     pairs, note = read_pairs(config.data, config.loop.seed)

@@ -18,8 +18,7 @@ from torch import Tensor
 from evaluators.training.data import PictureBatch
 from evaluators.training.parts import Parts
 from mmalign.config import Settings
-from mmalign.errors import UserError
-from mmalign.losses import PairTerms, fair_to_ties, weighted_sum
+from mmalign.losses import PairTerms, require_fairness_to_ties, weighted_sum
 from mmalign.method import Metrics, OneLoss
 
 
@@ -36,12 +35,8 @@ class BradleyTerry(OneLoss):
     def __init__(self, options: Options, parts: Parts) -> None:
         self._options, self._parts = options, parts
         self._loss = weighted_sum(options.loss, place="method.loss")
-        if parts.ties and not fair_to_ties(self._loss):
-            raise UserError(
-                "these losses take a tie for a win",
-                place="method.loss",
-                fix="Use {soft: 1}, which knows soft labels, or data.pairing.ties=drop.",
-            )
+        if parts.ties:
+            require_fairness_to_ties(options.loss)
 
     def losses(self, batch: PictureBatch) -> Iterator[tuple[Tensor, Metrics]]:
         scores = self._parts.score(batch)

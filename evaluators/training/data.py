@@ -93,7 +93,7 @@ def divided(config: TrainConfig) -> tuple[list[Preference], list[Preference], st
     if held is None:
         kept = pairs
     elif held.split is None:
-        out = {prompt for prompt in {pair.a.prompt for pair in pairs} if _drawn(prompt, held, seed)}
+        out = {prompt for prompt in {pair.a.prompt for pair in pairs} if _drawn(prompt, held)}
         kept = [pair for pair in pairs if pair.a.prompt not in out]
         judged = [pair for pair in pairs if pair.a.prompt in out]
     else:
@@ -118,8 +118,8 @@ def divided(config: TrainConfig) -> tuple[list[Preference], list[Preference], st
     return (shuffled(kept, seed) if config.data.shuffle_labels else kept), judged, note
 
 
-def _drawn(prompt: str, held: HeldOutSettings, seed: int) -> bool:
-    return key_seed("held out", seed, prompt) % 1_000_003 < held.share * 1_000_003
+def _drawn(prompt: str, held: HeldOutSettings) -> bool:
+    return key_seed("held out", held.seed, prompt) % 1_000_003 < held.share * 1_000_003
 
 
 def _require_pictures(pairs: Sequence[Preference], place: str) -> None:
