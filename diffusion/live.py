@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`mmalign arena live MODEL ... --prompts TEXT|FILE --out FOLDER`."""
     from diffusion.evaluation import require_base
     from diffusion.sample import add_sampling, check_least
-    from evaluators.arena.command import add_page, hold, opened
+    from evaluators.arena.command import add_page, hold, opened, require_page
 
     parser = Parser(prog="mmalign arena live", description=__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="runs, checkpoints or pipelines")
@@ -38,17 +38,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     said = parser.parse_args(argv)
     check_least(said)
     require_base(said.models, said.base)
+    require_page()
     votes: Path = said.votes or said.out / "votes.sqlite"
     if not said.out.resolve().is_relative_to(votes.parent.resolve()):
         raise UserError(f"{said.out} is not below the folder of the votes", place="--votes", fix="Leave --votes out.")
 
     from diffusion.sampling import gather_prompts
-    from evaluators.arena.live import Live
+    from evaluators.arena.live import Live, units_of
     from evaluators.arena.trials import Sources
 
     with opened(said) as bound:
-        prompts = gather_prompts(said.prompts, said.count, said.seed)
-        live = Live(said.out, painters(said), [(prompt, said.seed + n) for n, prompt in enumerate(prompts)])
+        units = units_of(gather_prompts(said.prompts, said.count, said.seed), said.seed)
+        live = Live(said.out, painters(said), units)
         sources = Sources(root=votes.parent.resolve(), folders=live.folders)
         with live:
             hold(bound, sources, votes, said, live)

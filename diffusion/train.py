@@ -22,7 +22,8 @@ from mmalign import config as configuration
 from mmalign import method as methods
 from mmalign import runs
 from mmalign.announce import announce, forward_seconds
-from mmalign.cli import Parser, run_entry
+from mmalign.cli import run_entry
+from mmalign.launch import train_recipe
 from mmalign.loop import Hooks, Loop, check_machine, processes, weights_layout
 from mmalign.losses import require_fairness_to_ties
 from mmalign.reference import AdaptersOff, FrozenCopy, Reference
@@ -129,11 +130,7 @@ def estimate_seconds(config: TrainConfig, loop: Loop, parts: Parts, feed: Feed) 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m diffusion.train RECIPE [key=value ...]`."""
-    parser = Parser(prog="mmalign train", description=__doc__)
-    parser.add_argument("recipe", help="a YAML file, or the short name of a shipped recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
-    arguments = parser.parse_args(argv)
-    return train(configuration.load(TrainConfig, arguments.recipe, arguments.overrides))
+    return train_recipe(TrainConfig, train, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,18 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from mmalign.cli import Parser, resolve
 from mmalign.errors import UserError, nearest
 from mmalign.recipes import find, shipped
 
+if TYPE_CHECKING:
+    from mmalign.config import Settings
+
+C = TypeVar("C", bound="Settings")
 TRAINERS = {"diffusion": "diffusion.train:main", "vlm": "vlm.train:main", "evaluators": "evaluators.train:main"}
 
 
@@ -72,6 +77,22 @@ def command(launcher: Path, package: str, recipe: Path, overrides: list[str]) ->
 def _replace(words: list[str]) -> NoReturn:
     print(f"mmalign: {shlex.join(words)}", file=sys.stderr, flush=True)
     os.execv(words[0], words)  # signals and the exit code are the launcher's own
+
+
+def train_recipe(cls: type[C], train: Callable[[C], int], about: str | None, argv: Sequence[str] | None) -> int:
+    """What every trainer's own command does: `python -m PACKAGE.train RECIPE [key=value ...]`.
+
+    Args:
+        cls, train: the package's recipes, and what runs one.
+        about: for the help page.
+    """
+    from mmalign import config as configuration
+
+    parser = Parser(prog="mmalign train", description=about)
+    parser.add_argument("recipe", help="a YAML file, or the short name of a shipped recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
+    said = parser.parse_args(argv)
+    return train(configuration.load(cls, said.recipe, said.overrides))
 
 
 def main(argv: list[str]) -> int | None:

@@ -31,7 +31,7 @@ COLUMNS = (*FIELDS, "prompts")
 
 def is_list(source: str) -> bool:
     """Whether this names a list of prompts rather than being one prompt's text."""
-    return source in WORLD or _is_composed(source) or source.endswith((".txt", *READERS))
+    return source in WORLD or _is_composed(source) or source.lower().endswith((".txt", *READERS))
 
 
 def read_prompts(source: str, count: int | None = None, seed: int = 0) -> list[str]:
@@ -81,7 +81,7 @@ def _read(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read prompts: {error}", place=str(path)) from error
     prompts: dict[str, int] = {}
-    for number, found in READERS.get(path.suffix, _lines)(text, path):
+    for number, found in READERS.get(path.suffix.lower(), _lines)(text, path):
         prompt, place = found.strip(), f"{path}:{number}"
         if not prompt:
             raise UserError("empty prompt", place=place, fix="Remove it.")
@@ -118,7 +118,7 @@ def _json_list(text: str, path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _table(text: str, path: Path) -> Iterator[tuple[int, str]]:
-    tabs = path.suffix == ".tsv"  # in which a quotation mark is a character like any other
+    tabs = path.suffix.lower() == ".tsv"  # in which a quotation mark is a character like any other
     quoting: Literal[0, 3] = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
     rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", quoting=quoting, strict=True)
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_live import Gate, sources, wait
 
-from evaluators.arena.live import AHEAD, Live, Unit, _append
+from evaluators.arena.live import AHEAD, Live, Unit, _append, units_of
 from evaluators.arena.server import Arena
 from evaluators.arena.trials import read_programme
 from mmalign.errors import UserError
@@ -80,6 +80,13 @@ def test_a_fault_is_told_without_names_and_what_was_drawn_stays(
             reply = arena.vote("Ada", reply["pair"]["token"], "tie", 5)
         assert reply["pair"] is None and not reply["drawing"] and reply["trouble"]
     assert "base is out of memory" in capsys.readouterr().err
+
+
+def test_prompts_that_cannot_be_shown_are_refused_before_anything_is_drawn() -> None:
+    assert units_of(["a fox", "a cat"], 7) == [("a fox", 7), ("a cat", 8)]
+    for prompt in ("  ", "long " * 2001):
+        with pytest.raises(UserError, match=r"\(prompt 2\)"):
+            units_of(["a fox", prompt], 0)
 
 
 def test_a_full_disk_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

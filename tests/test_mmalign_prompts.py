@@ -100,6 +100,11 @@ def test_sources_that_do_not_exist(tmp_path: Path) -> None:
         read_prompts("shapes:trian")
 
 
+def test_endings_may_shout(tmp_path: Path) -> None:
+    shouted = write(tmp_path, "PARTI.TSV", 'Prompt\tCategory\na "fox"\tAnimals\n')
+    assert is_list(shouted) and read_prompts(shouted) == ['a "fox"']
+
+
 def test_the_bundled_list_is_what_genevals_rules_read(tmp_path: Path) -> None:
     from evaluators.geneval import read_pictures
 

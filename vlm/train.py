@@ -18,8 +18,9 @@ from mmalign import config as configuration
 from mmalign import method as methods
 from mmalign import runs
 from mmalign.announce import announce, forward_seconds
-from mmalign.cli import Parser, run_entry
+from mmalign.cli import run_entry
 from mmalign.errors import UserError
+from mmalign.launch import train_recipe
 from mmalign.loop import Hooks, Loop, check_machine, processes
 from mmalign.losses import require_fairness_to_ties
 from mmalign.memory import recompute_activations
@@ -132,11 +133,7 @@ def plain_reference(loop: Loop, model: VisionLanguageModel, original: nn.Module 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m vlm.train RECIPE [key=value ...]`."""
-    parser = Parser(prog="mmalign train", description=__doc__)
-    parser.add_argument("recipe", help="a YAML file, or the short name of a shipped recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
-    arguments = parser.parse_args(argv)
-    return train(configuration.load(TrainConfig, arguments.recipe, arguments.overrides))
+    return train_recipe(TrainConfig, train, __doc__, argv)
 
 
 if __name__ == "__main__":

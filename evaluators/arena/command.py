@@ -79,6 +79,15 @@ def _password(said: Any) -> str | None:
     return said.password or os.environ.get(PASSWORD) or None
 
 
+def require_page() -> None:
+    """Refuse before anything that takes time is done.
+
+    Raises:
+        UserError: what serves the page is not installed, and which extra brings it.
+    """
+    resolve("evaluators.arena.web:serve")
+
+
 def hold(bound: socket.socket, sources: Sources, votes: Path, said: Any, live: Live | None = None) -> None:
     """Serve the page until it is stopped, then say what the votes say.
 
@@ -95,7 +104,7 @@ def hold(bound: socket.socket, sources: Sources, votes: Path, said: Any, live: L
     if not votes.parent.is_dir():
         raise UserError("there is no such folder", place=str(votes.parent))
     with Arena(sources, votes, seed=said.seed, live=live) as arena:
-        resolve("evaluators.arena.web:serve")  # says which extra brings what is missing
+        require_page()
         from evaluators.arena.web import serve
 
         shown = f"[{said.host}]" if ":" in said.host else said.host

@@ -24,7 +24,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from evaluators.arena.trials import INDEX
+from evaluators.arena.trials import INDEX, check_prompt
 from mmalign.errors import UserError
 from mmalign.pictures import save
 from mmalign.sources import rows_of
@@ -48,6 +48,17 @@ class Painter:
     name: str
     about: Mapping[str, Any]
     draw: Callable[[str, int], Image.Image]
+
+
+def units_of(prompts: Sequence[str], seed: int) -> list[Unit]:
+    """What to draw: each prompt from a seed of its own.
+
+    Raises:
+        UserError: a prompt that the page could not show.
+    """
+    for number, prompt in enumerate(prompts, start=1):
+        check_prompt(prompt, f"prompt {number}")
+    return [(prompt, seed + number) for number, prompt in enumerate(prompts)]
 
 
 class Live:

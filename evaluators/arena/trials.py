@@ -246,6 +246,15 @@ def _content(
     return Unit(unit_id=key, prompt=prompt, seed=seed, media=media), image, text, digest
 
 
+def check_prompt(prompt: str, place: str) -> None:
+    """Refuse a prompt that the page could not show.
+
+    Raises:
+        UserError: an empty or an endless one.
+    """
+    _text({"prompt": prompt}, "prompt", place, LONGEST_PROMPT)
+
+
 def _text(row: Mapping[str, Any], name: str, place: str, most: int, *, needed: bool = True) -> str | None:
     value = row.get(name)
     if value is None and not needed:
