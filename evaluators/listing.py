@@ -29,6 +29,7 @@ class Listed:
     Attributes:
         missing: weights that are nowhere, and packages that are not installed, in words.
         places: of the weights: where they are, or where they were looked for.
+        asks: options that must be said.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Listed:
     licence: str
     missing: tuple[str, ...]
     places: tuple[str, ...]
+    asks: tuple[str, ...]
 
     @property
     def loadable(self) -> bool:
@@ -58,7 +60,14 @@ def listed(name: str) -> Listed:
         if found is None:
             missing.append(one.described)
         places.append(str(found) if found is not None else _looked_for(one))
-    return Listed(name=name, unit=card.unit, licence=card.licence, missing=tuple(missing), places=tuple(places))
+    return Listed(
+        name=name,
+        unit=card.unit,
+        licence=card.licence,
+        missing=tuple(missing),
+        places=tuple(places),
+        asks=card.asks,
+    )
 
 
 def _looked_for(one: Weights) -> str:
@@ -113,11 +122,12 @@ def _text(row: Listed) -> str:
         f"  unit     {row.unit}",
         f"  licence  {row.licence}",
     ]
+    lines += [f"  asks for {option}" for option in row.asks]
     lines += [f"  weights  {place}" for place in row.places]
     lines += [f"  missing  {what}" for what in row.missing]
     return "\n".join(lines)
 
 
 def _json(rows: list[Listed]) -> str:
-    names = ("name", "unit", "licence", "loadable", "places", "missing")
+    names = ("name", "unit", "licence", "loadable", "asks", "places", "missing")
     return json.dumps([{name: getattr(row, name) for name in names} for row in rows], indent=2)

@@ -51,12 +51,14 @@ class Card:
         licence: of what the numbers are made by, the weights' own included.
         weights: what it loads; none for scorers that are rules.
         needs: packages it cannot do without and that only an extra brings.
+        asks: options that must be said.
     """
 
     unit: str
     licence: str
     weights: tuple[Weights, ...] = ()
     needs: tuple[str, ...] = ()
+    asks: tuple[str, ...] = ()
 
 
 def known() -> list[str]:

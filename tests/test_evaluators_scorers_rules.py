@@ -165,9 +165,10 @@ def test_the_listing_says_unit_licence_and_where_weights_are_looked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MMALIGN_WEIGHTS", raising=False)
-    assert cli.main(["scorers", "pickscore", "shapes"]) == 0
+    assert cli.main(["scorers", "pickscore", "shapes", "trained"]) == 0
     out = capsys.readouterr().out
     assert "pickscore  not loadable" in out and "shapes  loadable" in out
+    assert "asks for path=RUN" in out[out.index("trained") :] and out.count("asks for") == 1
     assert "$MMALIGN_WEIGHTS/pickscore, or yuvalkirstain/PickScore_v1 in the hub cache" in out
     assert "about 3.9 GB, licence code MIT" in out
     write_clip(tmp_path / "pickscore")

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from evaluators.scorer import Card
 from mmalign.errors import UserError
 
-CARD = Card(unit="weighted standard deviations", licence="the terms'")
+CARD = Card(unit="weighted standard deviations", licence="the terms'", asks=("terms, each with its mean and std",))
 
 
 class Composite:

@@ -20,7 +20,11 @@ from evaluators.weights import fingerprint
 from mmalign.errors import UserError
 from mmalign.precision import Precision
 
-CARD = Card(unit="nats: a difference is the log odds of being preferred", licence="the base's and the preferences'")
+CARD = Card(
+    unit="nats: a difference is the log odds of being preferred",
+    licence="the base's and the preferences'",
+    asks=("path=RUN, the folder of a run of `mmalign train evaluators/...`",),
+)
 
 
 class TrainedScorer(TowerScorer):
