@@ -4,6 +4,7 @@ const all = (selector) => [...element.querySelectorAll(selector)];
 const VIEWS = ["side", "slider", "flicker", "difference"];
 const WORDS = { left: "first is better", right: "second is better", tie: "tie", bad: "both bad", skip: "skipped" };
 const KEYS = { "1": "left", arrowleft: "left", "2": "right", arrowright: "right", t: "tie", b: "bad", s: "skip" };
+const LONGEST = 15000; // milliseconds for an answer of the server, which has its pictures ready
 const stage = find(".stage");
 const remember = (name, value) => { try { localStorage.setItem(`mmalign-arena-${name}`, value); } catch { /* private window */ } };
 const recall = (name) => { try { return localStorage.getItem(`mmalign-arena-${name}`) || ""; } catch { return ""; } };
@@ -21,7 +22,7 @@ async function ask(name, more = {}) {
   element.classList.add("busy");
   const who = rater;
   let reply;
-  try { reply = await server[name]({ rater, ...more }); } catch { reply = undefined; }
+  try { reply = await soon(server[name]({ rater, ...more })); } catch { reply = undefined; }
   busy = false;
   element.classList.remove("busy");
   if (rater !== who) return undefined; // who asked has left
@@ -29,6 +30,10 @@ async function ask(name, more = {}) {
   if (reply.error) { say(reply.error); return undefined; }
   say("");
   return reply;
+}
+
+function soon(answer) { // a request that got lost on the way must not hold the page for ever
+  return Promise.race([answer, new Promise((_, fail) => setTimeout(fail, LONGEST))]);
 }
 
 function lost() {
@@ -290,6 +295,7 @@ async function enter(name) {
   if (!props.named) remember("rater", name);
   find(".who span").textContent = `Voting as ${reply.rater}.`;
   find(".who button").hidden = props.named;
+  find("[name=rater]").blur(); // it is hidden now, and keys that it still got until the next frame would be no votes
   show(reply);
 }
 function door() {
