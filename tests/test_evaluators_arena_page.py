@@ -327,6 +327,7 @@ def test_who_waits_for_a_pair_sees_that_it_is_drawn_and_why_there_are_no_more(tm
     with serving(folder, program=(program,)) as server, Browser() as browser:
         ada = Voter(browser, server, "Ada")
         ada.enter()
+        token = ada.token()
         assert browser.run("document.querySelector('.count').textContent") == "0 of 3"
         browser.press("1")
         browser.wait(f"{ROOM}.dataset.mode === 'drawing' && !document.querySelector('.drawing').hidden")
