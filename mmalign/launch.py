@@ -12,16 +12,12 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from mmalign.cli import Parser, resolve
 from mmalign.errors import UserError, nearest
 from mmalign.recipes import find, shipped
 
-if TYPE_CHECKING:
-    from mmalign.config import Settings
-
-C = TypeVar("C", bound="Settings")
 TRAINERS = {"diffusion": "diffusion.train:main", "vlm": "vlm.train:main", "evaluators": "evaluators.train:main"}
 
 
@@ -79,7 +75,7 @@ def _replace(words: list[str]) -> NoReturn:
     os.execv(words[0], words)  # signals and the exit code are the launcher's own
 
 
-def train_recipe(cls: type[C], train: Callable[[C], int], about: str | None, argv: Sequence[str] | None) -> int:
+def train_recipe(cls: Any, train: Callable[[Any], int], about: str | None, argv: Sequence[str] | None) -> int:
     """What every trainer's own command does: `python -m PACKAGE.train RECIPE [key=value ...]`.
 
     Args:
