@@ -6,7 +6,7 @@ import contextlib
 import json
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,11 @@ def test_with_a_password_raters_have_the_name_that_they_gave_with_it(tmp_path: P
 # ---------------------------------------------------------------------------------------------------- with a page
 
 
+def _new(other_than: str) -> str:
+    """Whether the page shows another pair than one."""
+    return f"{ROOM} && {ROOM}.dataset.mode === 'voting' && {ROOM}.dataset.token !== {json.dumps(other_than)}"
+
+
 class Voter:
     """Somebody at the page, who writes down what they voted."""
 
@@ -103,28 +108,39 @@ class Voter:
 
     def enter(self) -> None:
         """Open the page and give a name."""
-        self.browser.open(self.server.url)
-        self.browser.wait("document.querySelector('.door') && !document.querySelector('.door').hidden")
-        self.browser.click("[name=rater]")
-        self.browser.write(self.name)
-        self.browser.press("Enter")
-        self.token()
+
+        def name() -> None:
+            self.browser.open(self.server.url)
+            self.browser.wait(f"document.querySelector('.door:not([hidden])') || {_new('')}")
+            if self.browser.run("Boolean(document.querySelector('.door:not([hidden])'))"):
+                self.browser.click("[name=rater]")
+                self.browser.write(self.name)
+                self.browser.press("Enter")
+
+        self.insist(name)
+
+    def insist(self, act: Callable[[], None], other_than: str = "") -> None:
+        """Do something until there is a new pair: a busy machine's browser loses a key or a click now and then."""
+        for patience in (15, 15):
+            act()
+            with contextlib.suppress(AssertionError):
+                self.browser.wait(_new(other_than), patience)
+                return
+        act()
+        self.token(other_than)
 
     def token(self, other_than: str = "") -> str:
         """That of the pair on the page, as soon as there is one."""
-        new = f"{ROOM} && {ROOM}.dataset.mode === 'voting' && {ROOM}.dataset.token !== {json.dumps(other_than)}"
-        self.browser.wait(new)
+        self.browser.wait(_new(other_than))
         return str(self.browser.run(f"{ROOM}.dataset.token"))
 
     def vote(self, answer: str, *, mouse: bool) -> None:
         """Vote and wait for the next pair."""
         token = self.token()
-        if mouse:
-            self.browser.click(f"[data-answer={answer}]")
-        else:
-            self.browser.press({"left": "1", "right": "2", "tie": "t", "bad": "b", "skip": "s"}[answer])
+        key = {"left": "1", "right": "2", "tie": "t", "bad": "b", "skip": "s"}[answer]
+        click = f"[data-answer={answer}]"
+        self.insist(lambda: self.browser.click(click) if mouse else self.browser.press(key), token)
         self.voted[token] = answer
-        self.token(other_than=token)
 
     def undo(self, *, mouse: bool) -> None:
         """Take the last vote back; its pair is there again."""

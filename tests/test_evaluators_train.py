@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import shutil
@@ -494,6 +493,3 @@ def test_the_published_size_makes_an_update(bench: Bench, tmp_path: Path) -> Non
     assert bench.train(tmp_path / "run", **changes) == 0
     (line,) = lines(tmp_path / "run")
     assert math.isfinite(line["loss"]) and line["grad_norm"] > 0
-    gc.collect()  # 4 GB
-    trained = scorers.load("trained", {"path": str(tmp_path / "run"), "precision": "bf16"})
-    assert math.isfinite(trained.score_images(["a cat"], [picture(100, 0).open()])[0]["trained"])
