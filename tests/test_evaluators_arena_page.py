@@ -222,18 +222,18 @@ def test_fifty_votes_by_keyboard_and_mouse(server: Server, tmp_path: Path) -> No
 @needs_browser
 def test_an_answer_that_gets_lost_does_not_hold_the_page(server: Server) -> None:
     with Browser() as browser:
-        ada = Voter(browser, server, "Ada")
-        ada.enter()
-        ada.vote("left", mouse=False)
+        fay = Voter(browser, server, "Fay")
+        fay.enter()
+        fay.vote("left", mouse=False)
         browser.run(
             "window.was = fetch; window.fetch = () => { window.fetch = window.was; return new Promise(() => {}) }; 1"
         )
         browser.press("2")
         browser.wait("document.querySelector('.alert').textContent.includes('does not answer')")
         browser.wait("document.querySelector('.alert').hidden && !document.querySelector('.busy')")
-        assert kept(server.votes, "Ada") == ada.voted and ada.token()  # it never reached the server; a pair is there
-        ada.vote("tie", mouse=False)
-        assert list(kept(server.votes, "Ada").values()) == ["left", "tie"]
+        assert kept(server.votes, "Fay") == fay.voted and fay.token()  # it never reached the server; a pair is there
+        fay.vote("tie", mouse=False)
+        assert list(kept(server.votes, "Fay").values()) == ["left", "tie"]
 
 
 @needs_browser
